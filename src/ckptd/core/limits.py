@@ -1,0 +1,59 @@
+"""Every limit on lengths, counts and waits, in one place. All of them are security limits:
+whatever a peer, a file or a config claims, no more than this is allocated, read or waited for.
+
+Units stand last in the name. Binary units throughout.
+"""
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+TIB: Final = 1024 * GIB
+
+# Names
+NAME_MAX_BYTES: Final = 1024
+NAME_SEGMENTS_MAX: Final = 32
+NAME_SEGMENT_MAX_BYTES: Final = 255
+NODE_ID_MAX_BYTES: Final = 63
+PATH_IN_CHECKPOINT_MAX_BYTES: Final = 4096
+
+# Documents
+DOCUMENT_MAX_BYTES: Final = 16 * MIB  # a manifest of 1 TiB at 32 MiB a shard has about 3 MiB
+TOMBSTONE_VERSIONS_MAX: Final = 10_000
+ENTRIES_MAX: Final = 200_000  # files, directories and symlinks of one checkpoint
+
+# Shards
+SHARD_SIZE_MIN_BYTES: Final = 64 * KIB
+SHARD_SIZE_MAX_BYTES: Final = 256 * MIB
+SHARD_SIZE_DEFAULT_BYTES: Final = 32 * MIB
+CHECKPOINT_MAX_BYTES: Final = 4 * TIB
+SAFETENSORS_HEADER_MAX_BYTES: Final = 100_000_000  # the limit of the safetensors library
+TENSOR_INDEX_MAX_BYTES: Final = 256 * MIB  # uncompressed
+
+# Frames
+FRAME_BODY_MAX_BYTES: Final = 4 * MIB
+FRAME_PAYLOAD_MAX_BYTES: Final = SHARD_SIZE_MAX_BYTES
+SHARDS_PER_MESSAGE_MAX: Final = 8192
+DOCUMENTS_PER_MESSAGE_MAX: Final = 4096
+VERSIONS_PER_MESSAGE_MAX: Final = 1024
+CHAIN_HOPS_MAX: Final = 4
+
+# Connections of one node
+UNAUTHENTICATED_CONNECTIONS_MAX: Final = 64
+UNAUTHENTICATED_CONNECTIONS_PER_ADDRESS_MAX: Final = 8
+HANDSHAKE_TIMEOUT_S: Final = 5.0
+CONTROL_CONNECTIONS_MAX: Final = 256
+BULK_SLOTS_PER_HOP: Final = 8
+BULK_CONNECTIONS_PER_HOP_MAX: Final = 24
+BULK_BUFFER_BYTES: Final = 256 * KIB
+BULK_IDLE_TIMEOUT_S: Final = 120.0
+CONNECT_TIMEOUT_S: Final = 5.0
+REQUEST_TIMEOUT_S: Final = 30.0  # a control request without any answer
+PROGRESS_INTERVAL_S: Final = 1.0
+# Deadlines mean lack of progress, and are shorter further down the chain, so that the error names
+# the node that stalled and not everybody before it.
+STALL_TIMEOUT_S: Final = 20.0
+STALL_TIMEOUT_STEP_PER_HOP_S: Final = 4.0
+
+CLUSTER_NODES_MAX: Final = 64
