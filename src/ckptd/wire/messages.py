@@ -1,0 +1,407 @@
+"""Every message of the protocol: one frozen structure each, encoded as a msgpack map.
+
+Unknown fields, wrong types and counts over the limits are refused when decoding. Shards travel as
+32 raw bytes, documents ids as well. `TYPES` maps the type number of a frame to its structure;
+numbers are never used again for something else.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, TypeAlias
+
+import msgspec
+from msgspec import Meta, Struct
+
+from ckptd.core import limits
+from ckptd.errors import ProtocolError
+
+Digest: TypeAlias = Annotated[bytes, Meta(min_length=32, max_length=32)]
+Text: TypeAlias = Annotated[str, Meta(max_length=1024)]
+LongText: TypeAlias = Annotated[str, Meta(max_length=8192)]
+Size: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
+ShardSize: TypeAlias = Annotated[int, Meta(ge=1, le=limits.SHARD_SIZE_MAX_BYTES)]
+Port: TypeAlias = Annotated[int, Meta(ge=0, le=65535)]
+Digests: TypeAlias = Annotated[
+    tuple[Digest, ...], Meta(max_length=limits.SHARDS_PER_MESSAGE_MAX)
+]
+Versions: TypeAlias = Annotated[
+    tuple[Digest, ...], Meta(max_length=limits.VERSIONS_PER_MESSAGE_MAX)
+]
+DocumentIds: TypeAlias = Annotated[
+    tuple[Digest, ...], Meta(max_length=limits.DOCUMENTS_PER_MESSAGE_MAX)
+]
+
+
+class Message(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of all messages."""
+
+
+class Hello(Message, frozen=True):
+    """First frame in both directions on every connection: who speaks, and what it knows.
+
+    `clock_ms` is the sender's wall clock (for the skew gauge only), `highest_order` the highest
+    order of any document that it knows. Identity comes from the certificate, never from here.
+    """
+
+    cluster: Text
+    node: Text
+    roles: Annotated[tuple[Text, ...], Meta(max_length=8)]
+    software: Text
+    clock_ms: int
+    highest_order: Size
+    boot_id: Text = ""
+    zone: Text = ""
+    address: Text = ""
+    bulk_port: Port = 0
+
+
+class Error(Message, frozen=True):
+    """The request failed. `code` is the stable word of the error class, `node` where it failed."""
+
+    code: Text
+    message: LongText
+    node: Text = ""
+    next: LongText = ""
+
+
+class Busy(Message, frozen=True):
+    """No slot: come again or go elsewhere. Not a failure. `retry_after_s` is a hint."""
+
+    reason: Text = ""
+    retry_after_s: float = 0.2
+
+
+class Ping(Message, frozen=True):
+    pass
+
+
+class PeerView(Message, frozen=True):
+    """What a node thinks of another one. `last_seen_s`: seconds ago, -1 when never."""
+
+    node: Text
+    address: Text
+    bulk_port: Port
+    state: Text
+    last_seen_s: float
+    roles: tuple[Text, ...] = ()
+    zone: Text = ""
+
+
+class NodeStatus(Message, frozen=True):
+    """A node about itself; sizes in bytes, speed in bytes per second (0: not measured yet).
+
+    `documents_digest` is the SHA-256 over its sorted document ids: equal digests mean equal
+    catalogues.
+    """
+
+    node: Text
+    state: Text
+    bytes_total: Size
+    bytes_used: Size
+    bytes_free: Size
+    write_bytes_per_s: float
+    queued_bytes: Size
+    shards: Size
+    quarantined: Size
+    documents: Size
+    unknown_documents: Size
+    documents_digest: bytes
+    highest_order: Size
+    software: Text
+    clock_ms: int
+    uptime_s: float
+    failed_reason: LongText = ""
+    peers: Annotated[
+        tuple[PeerView, ...], Meta(max_length=limits.CLUSTER_NODES_MAX)
+    ] = ()
+
+
+class GetStatus(Message, frozen=True):
+    pass
+
+
+class Have(Message, frozen=True):
+    """Which of these shards are here, whole and durable? `touch` (a store's question) keeps
+    them from being collected; every other question leaves them as they are."""
+
+    shards: Digests
+    touch: bool = False
+
+
+class HaveReply(Message, frozen=True):
+    """Bit i (of byte i // 8, least significant first) answers shard i of the question.
+    `verified_age_s[i]`: seconds since shard i was last hashed from disk, -1: not since start."""
+
+    held: bytes
+    verified_age_s: tuple[float, ...]
+
+
+class Inventory(Message, frozen=True):
+    """Which shards of these versions are here?"""
+
+    versions: Versions
+
+
+class InventoryReply(Message, frozen=True):
+    """Per version: whether its manifest is durable here, and a bitmap over the manifest's
+    shards (None when the manifest is not here)."""
+
+    bitmaps: tuple[bytes | None, ...]
+
+
+class ListDocuments(Message, frozen=True):
+    """The headers of all documents with an id above `after` (empty: from the start), by id."""
+
+    after: bytes = b""
+
+
+class DocumentHeader(Message, frozen=True):
+    """What a node keeps in memory of a document; for manifests with what `ls` shows.
+    `size` and `files` are those of the checkpoint."""
+
+    id: Digest
+    kind: Text
+    order: Size
+    name: Text = ""
+    created: Text = ""
+    content_id: bytes = b""
+    size: Size = 0
+    files: Size = 0
+    shards: Size = 0
+    copies: Size = 0
+    step: int | None = None
+    metrics: dict[str, float] = {}
+
+
+class DocumentHeaders(Message, frozen=True):
+    headers: Annotated[
+        tuple[DocumentHeader, ...], Meta(max_length=limits.DOCUMENTS_PER_MESSAGE_MAX)
+    ]
+    more: bool
+
+
+class GetDocuments(Message, frozen=True):
+    """Asks for signed documents; the answer may hold only the first few: ask again for the rest."""
+
+    ids: DocumentIds
+
+
+class SignedDocument(Message, frozen=True):
+    document: bytes
+    signature: bytes
+
+
+class Documents(Message, frozen=True):
+    """Follows as payload: a msgpack array of SignedDocument. `missing`: ids not known here."""
+
+    count: Size
+    missing: DocumentIds = ()
+
+
+class PutDocuments(Message, frozen=True):
+    """Payload: a msgpack array of SignedDocument."""
+
+    count: Size
+
+
+class PutDocumentResult(Message, frozen=True):
+    """`bitmap`: for a manifest, which of its shards are here, taken while nothing can be
+    collected; `refused` is empty when the document is durable here."""
+
+    id: Digest
+    refused: LongText = ""
+    bitmap: bytes | None = None
+
+
+class PutDocumentsReply(Message, frozen=True):
+    results: Annotated[
+        tuple[PutDocumentResult, ...], Meta(max_length=limits.DOCUMENTS_PER_MESSAGE_MAX)
+    ]
+
+
+class Sync(Message, frozen=True):
+    """Asks for all document ids, unless the digest over them is `documents_digest`."""
+
+    documents_digest: bytes
+
+
+class SyncReply(Message, frozen=True):
+    """Payload: all document ids, 32 bytes each, sorted; empty when `equal`."""
+
+    equal: bool
+    count: Size
+
+
+class Verify(Message, frozen=True):
+    """Read these shards from the disk, past the page cache, and hash them."""
+
+    shards: Digests
+
+
+class VerifyReply(Message, frozen=True):
+    """One word per shard: ok, missing, corrupt (now in quarantine) or unreadable."""
+
+    results: tuple[Text, ...]
+
+
+class ReportCorrupt(Message, frozen=True):
+    """A reader got bytes with another hash: look at your copy. Answered like Verify."""
+
+    shard: Digest
+
+
+class Hop(Message, frozen=True):
+    """A next node of a chain, where its bulk port is."""
+
+    node: Text
+    host: Text
+    port: Port
+
+
+class PutShard(Message, frozen=True):
+    """A shard follows as payload once the receiver said Ready. The receiver passes it on to
+    chain[0] with the rest of the chain."""
+
+    shard: Digest
+    size: ShardSize
+    chain: Annotated[tuple[Hop, ...], Meta(max_length=limits.CHAIN_HOPS_MAX)] = ()
+
+
+class PushShard(Message, frozen=True):
+    """Send a shard that is here to other nodes. Answered by Progress and PutResult."""
+
+    shard: Digest
+    size: ShardSize
+    chain: Annotated[
+        tuple[Hop, ...], Meta(min_length=1, max_length=limits.CHAIN_HOPS_MAX)
+    ]
+
+
+class CopyReport(Message, frozen=True):
+    """One node of a chain about its copy. `state`: receiving, durable, present (it had the
+    copy before), busy, or failed (then `code` and `message` say why, as in Error)."""
+
+    node: Text
+    state: Text
+    received_bytes: Size = 0
+    code: Text = ""
+    message: LongText = ""
+
+
+class Ready(Message, frozen=True):
+    """Send the payload (`wanted`), or do not: no node of the chain needs it. `reports` tells of
+    the nodes of the chain that will not take part or have the shard already."""
+
+    wanted: bool
+    reports: tuple[CopyReport, ...] = ()
+
+
+class Progress(Message, frozen=True):
+    """Sent upstream at least every second while something is under way."""
+
+    reports: tuple[CopyReport, ...]
+
+
+class PutResult(Message, frozen=True):
+    """The end of a put or push: one report per node of the chain, this one first."""
+
+    reports: tuple[CopyReport, ...]
+
+
+class GetShard(Message, frozen=True):
+    """Asks for a whole shard."""
+
+    shard: Digest
+
+
+class ShardData(Message, frozen=True):
+    """Payload: the shard's bytes."""
+
+    shard: Digest
+
+
+TYPES: Final[dict[int, type[Message]]] = {
+    1: Hello,
+    2: Error,
+    3: Busy,
+    4: Ping,
+    5: GetStatus,
+    6: NodeStatus,
+    7: Have,
+    8: HaveReply,
+    9: Inventory,
+    10: InventoryReply,
+    11: ListDocuments,
+    12: DocumentHeaders,
+    13: GetDocuments,
+    14: Documents,
+    15: PutDocuments,
+    16: PutDocumentsReply,
+    17: Sync,
+    18: SyncReply,
+    19: Verify,
+    20: VerifyReply,
+    21: ReportCorrupt,
+    32: PutShard,
+    33: Ready,
+    34: Progress,
+    35: PutResult,
+    36: GetShard,
+    37: ShardData,
+    38: PushShard,
+}
+# Kept free for pairing of new machines (64 to 79) and for subscriptions (80 to 95).
+RESERVED: Final = range(64, 96)
+
+NUMBERS: Final[dict[type[Message], int]] = {
+    message: number for number, message in TYPES.items()
+}
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders = {
+    number: msgspec.msgpack.Decoder(message) for number, message in TYPES.items()
+}
+_documents_decoder: msgspec.msgpack.Decoder[tuple[SignedDocument, ...]] = (
+    msgspec.msgpack.Decoder(
+        Annotated[
+            tuple[SignedDocument, ...],
+            Meta(max_length=limits.DOCUMENTS_PER_MESSAGE_MAX),
+        ]
+    )
+)
+
+
+def encode(message: Message) -> bytes:
+    """The body of `message`."""
+    return _encoder.encode(message)
+
+
+def decode(number: int, body: bytes | bytearray | memoryview, *, peer: str) -> Message:
+    """The message of type `number` in `body`. Raises ProtocolError with what is wrong with it."""
+    decoder = _decoders.get(number)
+    if decoder is None:
+        hint = "reserved for a later version" if number in RESERVED else "unknown"
+        raise ProtocolError(
+            peer, f"sent message type {number}, which is {hint}: upgrade this node"
+        )
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ProtocolError(
+            peer, f"sent a malformed {TYPES[number].__name__}: {error}"
+        ) from error
+
+
+def encode_documents(documents: tuple[SignedDocument, ...]) -> bytes:
+    """The payload of Documents and PutDocuments."""
+    return _encoder.encode(documents)
+
+
+def decode_documents(
+    payload: bytes | memoryview, *, peer: str
+) -> tuple[SignedDocument, ...]:
+    """What `encode_documents` made. Raises ProtocolError."""
+    try:
+        return _documents_decoder.decode(payload)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(peer, f"sent malformed documents: {error}") from error
