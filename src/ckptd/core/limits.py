@@ -19,7 +19,9 @@ NODE_ID_MAX_BYTES: Final = 63
 PATH_IN_CHECKPOINT_MAX_BYTES: Final = 4096
 
 # Documents
-DOCUMENT_MAX_BYTES: Final = 16 * MIB  # a manifest of 1 TiB at 32 MiB a shard has about 3 MiB
+DOCUMENT_MAX_BYTES: Final = (
+    16 * MIB
+)  # a manifest of 1 TiB at 32 MiB a shard has about 3 MiB
 TOMBSTONE_VERSIONS_MAX: Final = 10_000
 ENTRIES_MAX: Final = 200_000  # files, directories and symlinks of one checkpoint
 
@@ -28,7 +30,9 @@ SHARD_SIZE_MIN_BYTES: Final = 64 * KIB
 SHARD_SIZE_MAX_BYTES: Final = 256 * MIB
 SHARD_SIZE_DEFAULT_BYTES: Final = 32 * MIB
 CHECKPOINT_MAX_BYTES: Final = 4 * TIB
-SAFETENSORS_HEADER_MAX_BYTES: Final = 100_000_000  # the limit of the safetensors library
+SAFETENSORS_HEADER_MAX_BYTES: Final = (
+    100_000_000  # the limit of the safetensors library
+)
 TENSOR_INDEX_MAX_BYTES: Final = 256 * MIB  # uncompressed
 
 # Frames
@@ -57,3 +61,18 @@ STALL_TIMEOUT_S: Final = 20.0
 STALL_TIMEOUT_STEP_PER_HOP_S: Final = 4.0
 
 CLUSTER_NODES_MAX: Final = 64
+
+# Config
+CONFIG_MAX_BYTES: Final = 256 * KIB
+CONFIG_DEPTH_MAX: Final = 16
+CONFIG_LIST_MAX: Final = 256  # peers, watched roots, retention rules
+CONFIG_TEXT_MAX: Final = 1024  # characters of one value
+QUANTITY_MAX_BYTES: Final = 1024 * TIB
+QUANTITY_MAX_S: Final = 3650 * 86_400
+
+# Identities and signatures
+CLUSTER_NAME_MAX_BYTES: Final = 63
+CERTIFICATE_MAX_BYTES: Final = 4 * KIB  # DER; ours have about 500 bytes
+SIGNATURE_ENVELOPE_MAX_BYTES: Final = 8 * KIB
+RECOVERY_BUNDLE_MAX_BYTES: Final = MIB
+RECOVERY_FILES_MAX: Final = 64
