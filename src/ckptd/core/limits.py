@@ -63,6 +63,7 @@ STALL_TIMEOUT_STEP_PER_HOP_S: Final = 4.0
 CLUSTER_NODES_MAX: Final = 64
 
 # Config
+COPIES_MAX: Final = 8
 CONFIG_MAX_BYTES: Final = 256 * KIB
 CONFIG_DEPTH_MAX: Final = 16
 CONFIG_LIST_MAX: Final = 256  # peers, watched roots, retention rules
