@@ -40,7 +40,7 @@ NODE_ROLES: Final = frozenset({Role.WORKER, Role.COORDINATOR})
 _PERSON_ROLES: Final = frozenset({Role.CLIENT, Role.ADMIN})
 _MONITOR_ROLES: Final = frozenset({Role.MONITOR})
 
-_LABEL = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
+_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?", re.ASCII)
 _URI = re.compile(r"ckptd://([^/]+)/([^/]+)/([^/]+)", re.ASCII)
 
 _KNOWN_CRITICAL_EXTENSIONS: Final = frozenset(
@@ -76,7 +76,7 @@ class Identity(msgspec.Struct, frozen=True):
 
 
 def is_cluster_name(text: str) -> bool:
-    """Whether `text` may name a cluster: ASCII letters, digits and inner `.`, `_`, `-`."""
+    """Whether `text` may name a cluster: lower-case ASCII letters, digits, inner `.` and `-`."""
     return len(text) <= CLUSTER_NAME_MAX_BYTES and _LABEL.fullmatch(text) is not None
 
 
@@ -104,13 +104,13 @@ def identity_uri(cluster: str, role: Role, node_id: str) -> str:
     """
     if not is_cluster_name(cluster):
         raise UsageError(
-            f"{cluster!r} cannot name a cluster: 1 to {CLUSTER_NAME_MAX_BYTES} letters, digits, "
-            "'.', '_' or '-', beginning and ending with a letter or digit"
+            f"{cluster!r} cannot name a cluster: 1 to {CLUSTER_NAME_MAX_BYTES} lower-case letters, "
+            "digits, '.' or '-', beginning and ending with a letter or digit"
         )
     if not is_node_id(node_id):
         raise UsageError(
-            f"{node_id!r} cannot be an id: 1 to {NODE_ID_MAX_BYTES} letters, digits, "
-            "'.', '_' or '-', beginning and ending with a letter or digit"
+            f"{node_id!r} cannot be an id: 1 to {NODE_ID_MAX_BYTES} lower-case letters, "
+            "digits, '.' or '-', beginning and ending with a letter or digit"
         )
     return f"ckptd://{cluster}/{role.value}/{node_id}"
 
