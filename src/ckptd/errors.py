@@ -11,6 +11,7 @@
     │   └── SourceChanged          the source changed while it was read: try again later
     ├── NoRoom                     the store's room above the reserve does not suffice (exit 1)
     ├── MediumFailed               the disk below the store fails: the node takes no more work
+    ├── StoreOperationFailed       a file of the store cannot be used, though its disk works
     ├── StoreMarkerMissing         the store directory is not a store (unmounted?): never guess
     ├── StoreLocked                another process holds the store
     ├── IntegrityError             bytes do not have their recorded hash (exit 4)
@@ -65,7 +66,9 @@ class ConfigError(CkptdError):
     exit_code = 2
     kind = "config"
 
-    def __init__(self, key: str, message: str, *, next: str = "ckptd config check") -> None:
+    def __init__(
+        self, key: str, message: str, *, next: str = "ckptd config check"
+    ) -> None:
         super().__init__(f"{key}: {message}" if key else message, next=next)
         self.key = key
         self.reason = message
@@ -97,6 +100,10 @@ class NoRoom(CkptdError):
 
 class MediumFailed(CkptdError):
     kind = "medium_failed"
+
+
+class StoreOperationFailed(CkptdError):
+    kind = "store_operation_failed"
 
 
 class StoreMarkerMissing(CkptdError):

@@ -78,3 +78,15 @@ SIGNATURE_ENVELOPE_MAX_BYTES: Final = 8 * KIB
 SIGNATURE_AUTHORS_CACHED_MAX: Final = 256
 RECOVERY_BUNDLE_MAX_BYTES: Final = MIB
 RECOVERY_FILES_MAX: Final = 64
+CHAIN_BUFFERS_PER_SLOT: Final = 4  # receiver to writer; bounds memory, lets a slow card wait
+BULK_READ_SLOTS: Final = 8  # shards being sent to readers at the same time
+SHUTDOWN_TIMEOUT_S: Final = 10.0  # transfers under way may finish within this at a stop
+BUSY_RETRY_S: Final = 0.2
+
+# Store
+DOCUMENT_SIGNATURE_MAX_BYTES: Final = 16 * KIB  # certificate and signature of one document
+STORE_MARKER_MAX_BYTES: Final = 4 * KIB
+STORE_READ_PIECE_BYTES: Final = 1 * MIB  # of what is re-read and hashed
+STORE_IGNORED_NAMES_MAX: Final = 100  # files that are not ours: kept for the report, rest counted
+VERIFY_PAUSE_S: Final = 2.0  # between two bad reads, so that one dip of the supply is not two
+MEDIUM_CHECK_INTERVAL_S: Final = 30.0

@@ -1,0 +1,191 @@
+"""The only place that decides which calls, in which order, make bytes and names durable.
+
+A file is written under a temporary name, flushed, renamed to its name, and the directory of that
+name is flushed. A name is therefore either absent or leads to whole bytes, whatever moment the
+power goes; and after `publish` has returned it is there. A directory that was made on the way is
+flushed into its parent before anything in it counts.
+
+A flush that failed once proves nothing when it succeeds the second time (the kernel may have
+dropped the dirty pages), so no file is flushed again: it is removed, and has to be written anew.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Final
+
+from ckptd.store.filesystem import FileSystem
+
+_NEW_FILE_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL
+_temporary_numbers = itertools.count()
+
+
+class NewFile:
+    """A file on its way into the store: temporary until `publish` has returned.
+
+    One thread writes. `written` may be read by any thread: bytes below it can be read back from
+    `duplicate()`. After an error from any method the temporary file is gone (or, where even that
+    fails, left to the next start, which empties incoming/).
+    """
+
+    def __init__(self, filesystem: FileSystem, incoming: str, label: str) -> None:
+        self._filesystem = filesystem
+        self.path = os.path.join(incoming, f"{label}.{next(_temporary_numbers)}")
+        self.written = 0
+        self._descriptor: int | None = filesystem.open(self.path, _NEW_FILE_FLAGS)
+
+    def reserve(self, size_bytes: int) -> bool:
+        """Take room on disk for `size_bytes`; False where the file system cannot do that."""
+        try:
+            return self._filesystem.fallocate(self._opened(), size_bytes)
+        except OSError:
+            self.discard()
+            raise
+
+    def append(self, data: memoryview) -> None:
+        """Write all of `data` (a view of bytes) behind what was written so far."""
+        descriptor = self._opened()
+        position = 0
+        try:
+            while position < len(data):
+                count = self._filesystem.pwrite(descriptor, data[position:], self.written)
+                position += count
+                self.written += count
+        except OSError:
+            self.discard()
+            raise
+
+    def duplicate(self) -> int:
+        """A descriptor of its own for a reader behind the writer; the caller closes it."""
+        return self._filesystem.duplicate(self._opened())
+
+    def publish(
+        self,
+        target: str,
+        *,
+        renaming: AbstractContextManager[object] | None = None,
+        keep_on_error: bool = False,
+    ) -> None:
+        """Make the file durable as `target`, whose directory must be durable itself.
+
+        The rename alone happens inside `renaming`. When the directory's flush fails, the name is
+        taken back, unless `keep_on_error` (an older whole file had it, which counted already).
+        """
+        try:
+            self._filesystem.fsync(self._opened())
+            self._close()
+            with renaming or nullcontext():
+                self._filesystem.rename(self.path, target)
+        except OSError:
+            self.discard()
+            raise
+        try:
+            self._filesystem.fsync_directory(os.path.dirname(target))
+        except OSError:
+            if not keep_on_error:
+                _remove_if_possible(self._filesystem, target)
+            raise
+
+    def discard(self) -> None:
+        """Remove the temporary file; errors are left to the next start. May be called twice."""
+        try:
+            self._close()
+        except OSError:
+            pass  # nothing counts on these bytes any more
+        _remove_if_possible(self._filesystem, self.path)
+
+    def _opened(self) -> int:
+        if self._descriptor is None:
+            raise ValueError("the file is published or discarded already")
+        return self._descriptor
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            self._filesystem.close(descriptor)
+
+
+def write_file(filesystem: FileSystem, incoming: str, target: str, data: bytes) -> None:
+    """Write a small file in one go and make it durable as `target`. Raises `OSError`."""
+    file = NewFile(filesystem, incoming, os.path.basename(target))
+    file.append(memoryview(data))
+    file.publish(target)
+
+
+def make_directory(filesystem: FileSystem, path: str) -> bool:
+    """Make one directory durably; True when it was not there before. Raises `OSError`.
+
+    One that is there already is flushed into its parent all the same: the process that made it may
+    have died before it did so.
+    """
+    try:
+        filesystem.mkdir(path)
+        made = True
+    except FileExistsError:
+        made = False
+    try:
+        filesystem.fsync_directory(os.path.dirname(path))
+    except OSError:
+        if made:
+            _remove_directory_if_possible(filesystem, path)
+        raise
+    return made
+
+
+def move(filesystem: FileSystem, source: str, target: str) -> None:
+    """Rename between two durable directories; when it returns, the new name will stay.
+
+    The new name is flushed before the loss of the old one, so no moment has neither of them.
+    """
+    filesystem.rename(source, target)
+    flush_move(filesystem, source, target)
+
+
+def flush_move(filesystem: FileSystem, source: str, target: str) -> None:
+    """Make a rename durable that was done before: first the new name, then the loss of the old."""
+    filesystem.fsync_directory(os.path.dirname(target))
+    filesystem.fsync_directory(os.path.dirname(source))
+
+
+def read_file(filesystem: FileSystem, path: str, max_bytes: int, *, uncached: bool = False) -> bytes:
+    """All bytes of a file of at most `max_bytes`; `OSError` with EFBIG when it is longer."""
+    descriptor = filesystem.open(path, os.O_RDONLY)
+    try:
+        if uncached:
+            filesystem.drop_cache(descriptor)
+        size = filesystem.identify(descriptor).size_bytes
+        if size > max_bytes:
+            raise OSError(errno.EFBIG, f"longer than {max_bytes} bytes", path)
+        buffer = bytearray(size)
+        count = read_fully(filesystem, descriptor, memoryview(buffer), 0)
+        return bytes(buffer[:count])
+    finally:
+        filesystem.close(descriptor)
+
+
+def read_fully(filesystem: FileSystem, descriptor: int, buffer: memoryview, offset: int) -> int:
+    """Fill `buffer` from `offset` on; returns the count of bytes, less only at the file's end."""
+    position = 0
+    while position < len(buffer):
+        count = filesystem.pread_into(descriptor, buffer[position:], offset + position)
+        if count == 0:
+            break
+        position += count
+    return position
+
+
+def _remove_if_possible(filesystem: FileSystem, path: str) -> None:
+    try:
+        filesystem.unlink(path)
+    except OSError:
+        pass  # gone already, or the disk fails: the error that led here says so
+
+
+def _remove_directory_if_possible(filesystem: FileSystem, path: str) -> None:
+    try:
+        filesystem.rmdir(path)
+    except OSError:
+        pass  # see above
