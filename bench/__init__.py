@@ -1,0 +1,1 @@
+"""Measurements of ckptd, run by `make bench` and `make bench-shards`."""
