@@ -43,6 +43,13 @@ DOCUMENTS_PER_MESSAGE_MAX: Final = 4096
 VERSIONS_PER_MESSAGE_MAX: Final = 1024
 CHAIN_HOPS_MAX: Final = 4
 
+# Control frames: far below those of shards, because they are collected in memory.
+REQUEST_BODY_MAX_BYTES: Final = 512 * KIB  # 8192 digests are 280 KiB
+DOCUMENTS_PAYLOAD_MAX_BYTES: Final = DOCUMENT_MAX_BYTES + DOCUMENT_MAX_BYTES // 4
+CATALOGUE_DOCUMENTS_MAX: Final = 256 * KIB  # ids in one SyncReply
+CONTROL_REQUESTS_MAX: Final = 64  # unanswered on one connection
+CONTROL_UNANSWERED_MAX_BYTES: Final = 24 * MIB  # bodies and payloads of these together
+
 # Connections of one node
 UNAUTHENTICATED_CONNECTIONS_MAX: Final = 64
 UNAUTHENTICATED_CONNECTIONS_PER_ADDRESS_MAX: Final = 8
@@ -72,7 +79,6 @@ QUANTITY_MAX_BYTES: Final = 1024 * TIB
 QUANTITY_MAX_S: Final = 3650 * 86_400
 
 # Identities and signatures
-CLUSTER_NAME_MAX_BYTES: Final = 63
 CERTIFICATE_MAX_BYTES: Final = 4 * KIB  # DER; ours have about 500 bytes
 SIGNATURE_ENVELOPE_MAX_BYTES: Final = 8 * KIB
 SIGNATURE_AUTHORS_CACHED_MAX: Final = 256

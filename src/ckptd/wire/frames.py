@@ -21,6 +21,7 @@ from typing import Final, NamedTuple
 
 from ckptd.core import limits
 from ckptd.errors import LimitExceeded, ProtocolError
+from ckptd.wire import messages
 
 MAGIC: Final = b"CKPT"
 PROTOCOL_VERSION: Final = 1
@@ -53,15 +54,22 @@ def encode_header(
     )
 
 
+def encode_frame(
+    message: messages.Message, request_id: int, payload_bytes: int = 0, *, hop: int = 0
+) -> bytes:
+    """Header and body of `message`; a payload of `payload_bytes` is to follow them on the wire."""
+    body = messages.encode(message)
+    number = messages.NUMBERS[type(message)]
+    return encode_header(number, request_id, len(body), payload_bytes, hop=hop) + body
+
+
 def parse_header(raw: bytes | bytearray | memoryview, *, peer: str) -> FrameHeader:
     """The header in `raw` (exactly 32 bytes) from `peer` (a name for messages).
 
     Raises ProtocolError for another magic, version or flags, LimitExceeded for lengths over the
     limits: nothing is allocated before this has passed.
     """
-    magic, version, hop, kind, flags, reserved, request_id, body, payload = (
-        HEADER.unpack(raw)
-    )
+    magic, version, hop, kind, flags, reserved, request_id, body, payload = HEADER.unpack(raw)
     if magic != MAGIC:
         raise ProtocolError(peer, "does not speak the ckptd protocol")
     if version != PROTOCOL_VERSION:
@@ -71,17 +79,11 @@ def parse_header(raw: bytes | bytearray | memoryview, *, peer: str) -> FrameHead
             "upgrade the older one",
         )
     if flags or reserved:
-        raise ProtocolError(
-            peer, f"sent a frame with unknown flags {flags:#06x}/{reserved:#06x}"
-        )
+        raise ProtocolError(peer, f"sent a frame with unknown flags {flags:#06x}/{reserved:#06x}")
     if hop > limits.CHAIN_HOPS_MAX:
-        raise LimitExceeded(
-            peer, f"sent hop {hop}, over the limit of {limits.CHAIN_HOPS_MAX}"
-        )
+        raise LimitExceeded(peer, f"sent hop {hop}, over the limit of {limits.CHAIN_HOPS_MAX}")
     if body > limits.FRAME_BODY_MAX_BYTES:
         raise LimitExceeded(peer, f"announced a body of {body} bytes, over the limit")
     if payload > limits.FRAME_PAYLOAD_MAX_BYTES:
-        raise LimitExceeded(
-            peer, f"announced a payload of {payload} bytes, over the limit"
-        )
+        raise LimitExceeded(peer, f"announced a payload of {payload} bytes, over the limit")
     return FrameHeader(kind, request_id, hop, body, payload)

@@ -21,9 +21,7 @@ LongText: TypeAlias = Annotated[str, Meta(max_length=8192)]
 Size: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
 ShardSize: TypeAlias = Annotated[int, Meta(ge=1, le=limits.SHARD_SIZE_MAX_BYTES)]
 Port: TypeAlias = Annotated[int, Meta(ge=0, le=65535)]
-Digests: TypeAlias = Annotated[
-    tuple[Digest, ...], Meta(max_length=limits.SHARDS_PER_MESSAGE_MAX)
-]
+Digests: TypeAlias = Annotated[tuple[Digest, ...], Meta(max_length=limits.SHARDS_PER_MESSAGE_MAX)]
 Versions: TypeAlias = Annotated[
     tuple[Digest, ...], Meta(max_length=limits.VERSIONS_PER_MESSAGE_MAX)
 ]
@@ -111,9 +109,7 @@ class NodeStatus(Message, frozen=True):
     clock_ms: int
     uptime_s: float
     failed_reason: LongText = ""
-    peers: Annotated[
-        tuple[PeerView, ...], Meta(max_length=limits.CLUSTER_NODES_MAX)
-    ] = ()
+    peers: Annotated[tuple[PeerView, ...], Meta(max_length=limits.CLUSTER_NODES_MAX)] = ()
 
 
 class GetStatus(Message, frozen=True):
@@ -272,9 +268,7 @@ class PushShard(Message, frozen=True):
 
     shard: Digest
     size: ShardSize
-    chain: Annotated[
-        tuple[Hop, ...], Meta(min_length=1, max_length=limits.CHAIN_HOPS_MAX)
-    ]
+    chain: Annotated[tuple[Hop, ...], Meta(min_length=1, max_length=limits.CHAIN_HOPS_MAX)]
 
 
 class CopyReport(Message, frozen=True):
@@ -353,21 +347,15 @@ TYPES: Final[dict[int, type[Message]]] = {
 # Kept free for pairing of new machines (64 to 79) and for subscriptions (80 to 95).
 RESERVED: Final = range(64, 96)
 
-NUMBERS: Final[dict[type[Message], int]] = {
-    message: number for number, message in TYPES.items()
-}
+NUMBERS: Final[dict[type[Message], int]] = {message: number for number, message in TYPES.items()}
 
 _encoder = msgspec.msgpack.Encoder()
-_decoders = {
-    number: msgspec.msgpack.Decoder(message) for number, message in TYPES.items()
-}
-_documents_decoder: msgspec.msgpack.Decoder[tuple[SignedDocument, ...]] = (
-    msgspec.msgpack.Decoder(
-        Annotated[
-            tuple[SignedDocument, ...],
-            Meta(max_length=limits.DOCUMENTS_PER_MESSAGE_MAX),
-        ]
-    )
+_decoders = {number: msgspec.msgpack.Decoder(message) for number, message in TYPES.items()}
+_documents_decoder: msgspec.msgpack.Decoder[tuple[SignedDocument, ...]] = msgspec.msgpack.Decoder(
+    Annotated[
+        tuple[SignedDocument, ...],
+        Meta(max_length=limits.DOCUMENTS_PER_MESSAGE_MAX),
+    ]
 )
 
 
@@ -376,20 +364,22 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
+def type_of(number: int, *, peer: str) -> type[Message]:
+    """The message type of `number`. Raises ProtocolError for one that this version has not."""
+    kind = TYPES.get(number)
+    if kind is None:
+        hint = "reserved for a later version" if number in RESERVED else "unknown"
+        raise ProtocolError(peer, f"sent message type {number}, which is {hint}: upgrade this node")
+    return kind
+
+
 def decode(number: int, body: bytes | bytearray | memoryview, *, peer: str) -> Message:
     """The message of type `number` in `body`. Raises ProtocolError with what is wrong with it."""
-    decoder = _decoders.get(number)
-    if decoder is None:
-        hint = "reserved for a later version" if number in RESERVED else "unknown"
-        raise ProtocolError(
-            peer, f"sent message type {number}, which is {hint}: upgrade this node"
-        )
+    kind = type_of(number, peer=peer)
     try:
-        return decoder.decode(body)
+        return _decoders[number].decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProtocolError(
-            peer, f"sent a malformed {TYPES[number].__name__}: {error}"
-        ) from error
+        raise ProtocolError(peer, f"sent a malformed {kind.__name__}: {error}") from error
 
 
 def encode_documents(documents: tuple[SignedDocument, ...]) -> bytes:
@@ -397,9 +387,7 @@ def encode_documents(documents: tuple[SignedDocument, ...]) -> bytes:
     return _encoder.encode(documents)
 
 
-def decode_documents(
-    payload: bytes | memoryview, *, peer: str
-) -> tuple[SignedDocument, ...]:
+def decode_documents(payload: bytes | memoryview, *, peer: str) -> tuple[SignedDocument, ...]:
     """What `encode_documents` made. Raises ProtocolError."""
     try:
         return _documents_decoder.decode(payload)
