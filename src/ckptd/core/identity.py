@@ -20,8 +20,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.x509.oid import ExtensionOID
 
-from ckptd.core.limits import CERTIFICATE_MAX_BYTES, CLUSTER_NAME_MAX_BYTES, NODE_ID_MAX_BYTES
-from ckptd.errors import NotAuthorized, UsageError
+from ckptd.core.limits import CERTIFICATE_MAX_BYTES
+from ckptd.core.names import check_node_id
+from ckptd.errors import NameRefused, NotAuthorized
 
 
 class Role(StrEnum):
@@ -40,7 +41,6 @@ NODE_ROLES: Final = frozenset({Role.WORKER, Role.COORDINATOR})
 _PERSON_ROLES: Final = frozenset({Role.CLIENT, Role.ADMIN})
 _MONITOR_ROLES: Final = frozenset({Role.MONITOR})
 
-_LABEL = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?", re.ASCII)
 _URI = re.compile(r"ckptd://([^/]+)/([^/]+)/([^/]+)", re.ASCII)
 
 _KNOWN_CRITICAL_EXTENSIONS: Final = frozenset(
@@ -75,16 +75,6 @@ class Identity(msgspec.Struct, frozen=True):
         return f"{roles} {self.node_id} of cluster {self.cluster}"
 
 
-def is_cluster_name(text: str) -> bool:
-    """Whether `text` may name a cluster: lower-case ASCII letters, digits, inner `.` and `-`."""
-    return len(text) <= CLUSTER_NAME_MAX_BYTES and _LABEL.fullmatch(text) is not None
-
-
-def is_node_id(text: str) -> bool:
-    """Whether `text` may be the id of a node or person: the same characters as a cluster name."""
-    return len(text) <= NODE_ID_MAX_BYTES and _LABEL.fullmatch(text) is not None
-
-
 def roles_may_combine(roles: Iterable[Role]) -> bool:
     """Whether one certificate may carry these roles.
 
@@ -98,20 +88,12 @@ def roles_may_combine(roles: Iterable[Role]) -> bool:
 
 
 def identity_uri(cluster: str, role: Role, node_id: str) -> str:
-    """The subject alternative name for one role. Raises UsageError for names that break the rules.
+    """The subject alternative name for one role. Raises NameRefused for names that break the rules.
 
     The inverse of what `identity_of` reads.
     """
-    if not is_cluster_name(cluster):
-        raise UsageError(
-            f"{cluster!r} cannot name a cluster: 1 to {CLUSTER_NAME_MAX_BYTES} lower-case letters, "
-            "digits, '.' or '-', beginning and ending with a letter or digit"
-        )
-    if not is_node_id(node_id):
-        raise UsageError(
-            f"{node_id!r} cannot be an id: 1 to {NODE_ID_MAX_BYTES} lower-case letters, "
-            "digits, '.' or '-', beginning and ending with a letter or digit"
-        )
+    _check_cluster(cluster)
+    check_node_id(node_id)
     return f"ckptd://{cluster}/{role.value}/{node_id}"
 
 
@@ -146,9 +128,13 @@ def cluster_of_ca(ca: x509.Certificate) -> str:
     take the cluster's name from their config.
     """
     names = ca.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
-    if len(names) != 1 or not is_cluster_name(str(names[0].value)):
+    if len(names) != 1:
         raise NotAuthorized("the CA certificate names no cluster")
-    return str(names[0].value)
+    cluster = str(names[0].value)
+    try:
+        return _check_cluster(cluster)
+    except NameRefused as error:
+        raise NotAuthorized(f"the CA certificate names no cluster: {error}") from error
 
 
 def identity_of(certificate_der: bytes, *, cluster: str) -> Identity:
@@ -266,6 +252,16 @@ def _role_and_id(uri: str, cluster: str) -> tuple[Role, str]:
         raise NotAuthorized(f"the certificate is for cluster {named_cluster!r}, not {cluster!r}")
     if role_word not in Role.__members__.values():
         raise NotAuthorized(f"{role_word!r} is not a role")
-    if not is_node_id(node_id):
-        raise NotAuthorized(f"{node_id!r} cannot be the id of a node or person")
+    try:
+        check_node_id(node_id)
+    except NameRefused as error:
+        raise NotAuthorized(f"the certificate's {error}") from error
     return Role(role_word), node_id
+
+
+def _check_cluster(cluster: str) -> str:
+    try:
+        return check_node_id(cluster)
+    except NameRefused as error:
+        # The same rule as for node ids, but the message must not send the reader to the node.
+        raise NameRefused(error.message.replace("node id", "cluster name", 1)) from error
