@@ -1,0 +1,99 @@
+"""Whether a document may enter the catalogue: signed in this cluster, by somebody who may say it.
+
+It does not matter who brings a document, only who wrote it. So a node can take documents from any
+peer, and whoever holds a worker's key can neither delete nor forge a checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cryptography import x509
+
+from ckptd.core import limits
+from ckptd.core.documents import (
+    Document,
+    Manifest,
+    Member,
+    Pin,
+    Tombstone,
+    UnknownDocument,
+    Unpin,
+    decode,
+    document_id,
+)
+from ckptd.core.identity import Identity
+from ckptd.core.names import check_name
+from ckptd.core.permissions import PERMITTED_AUTHORS, DocumentKind, may_author
+from ckptd.core.signing import verify
+from ckptd.errors import DocumentRefused, NameRefused
+
+AUTHOR_ROLES: Final = frozenset().union(*PERMITTED_AUTHORS.values())
+"""Roles that may write any document at all. What cannot be read here must have such an author."""
+
+
+def admit(
+    raw: bytes, envelope: bytes, *, cluster: str, ca: x509.Certificate
+) -> tuple[str, Document | UnknownDocument, Identity]:
+    """The id, the content and the author of a document that may enter the catalogue.
+
+    `raw` are its canonical bytes, `envelope` certificate and signature. Raises DocumentRefused
+    when it is too long, not signed by a certificate of this cluster, malformed, contradicts
+    itself, or says what its author's roles may not say. A document of a kind or format that is
+    unknown here is admitted from anybody who may write documents, to be kept and passed on.
+    """
+    # The signature comes first, so that only what the cluster's own members wrote is ever parsed.
+    if len(raw) > limits.DOCUMENT_MAX_BYTES:
+        raise DocumentRefused(f"a document of {len(raw)} bytes is over the limit")
+    author = verify(raw, envelope, ca, cluster)
+    document = decode(raw, cluster=cluster)
+    if not _may_say(author, document):
+        raise DocumentRefused(f"{author} may not write this {_description(document)}")
+    _check(document)
+    return document_id(raw), document, author
+
+
+def _may_say(author: Identity, document: Document | UnknownDocument) -> bool:
+    match document:
+        case UnknownDocument():
+            return not author.roles.isdisjoint(AUTHOR_ROLES)
+        case Manifest():
+            return may_author(author, DocumentKind.MANIFEST)
+        case Tombstone(reason="rm"):
+            return may_author(author, DocumentKind.TOMBSTONE_RM)
+        case Tombstone():
+            return may_author(author, DocumentKind.TOMBSTONE_RETENTION)
+        case Pin():
+            return may_author(author, DocumentKind.PIN)
+        case Unpin():
+            return may_author(author, DocumentKind.UNPIN)
+        case Member():
+            return may_author(
+                author, DocumentKind.MEMBER, about=document.node
+            ) and author.roles.issuperset(document.roles)
+
+
+def _check(document: Document | UnknownDocument) -> None:
+    """What the schema of a document cannot say."""
+    if isinstance(document, Manifest):
+        try:
+            check_name(document.name)
+        except NameRefused as error:
+            raise DocumentRefused(f"a manifest is refused: {error}") from error
+    if isinstance(document, Tombstone) and document.reason == "retention":
+        if document.justified_by is None:
+            raise DocumentRefused("a retention tombstone names no version that justifies it")
+        if document.justified_by in document.versions:
+            raise DocumentRefused("a retention tombstone removes the version that justifies it")
+
+
+def _description(document: Document | UnknownDocument) -> str:
+    match document:
+        case UnknownDocument():
+            return f"{document.kind} document"
+        case Tombstone():
+            return f"{document.reason} tombstone"
+        case Member():
+            return f"member document of {document.node}"
+        case _:
+            return f"{type(document).__name__.lower()} document"
