@@ -1,8 +1,8 @@
 """The immutable documents of the catalogue, and their canonical bytes.
 
 A document is JSON with sorted keys, no white space, UTF-8; its id is the SHA-256 of exactly these
-bytes (64 lower-case hex digits). The id of a manifest is the version id. `docs/formats/documents.md`
-describes every field; golden files under `tests/golden` pin the bytes.
+bytes (64 lower-case hex digits). The id of a manifest is the version id.
+`docs/formats/documents.md` describes every field; golden files under `tests/golden` pin the bytes.
 
 Formats are versioned by the pair (kind, format). What this version cannot read is kept as
 `UnknownDocument`, passed on to other nodes byte for byte, and never acted upon.
@@ -11,27 +11,42 @@ Formats are versioned by the pair (kind, format). What this version cannot read 
 from __future__ import annotations
 
 import hashlib
+import itertools
+import sys
+from datetime import datetime
 from typing import Annotated, Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import Meta, Struct
 
-from ckptd.core import limits
-from ckptd.errors import DocumentRefused
+from ckptd.core import limits, names
+from ckptd.errors import DocumentRefused, NameRefused
 
 FORMAT: Final = 1
 
-Hex64: TypeAlias = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
+# Patterns end in \Z: `$` would also match in front of a final line feed.
+Hex64: TypeAlias = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")]
+Nonce: TypeAlias = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}\Z")]
+Time: TypeAlias = Annotated[
+    str,
+    Meta(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?Z\Z"),
+]
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
 Order: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
 Mode: TypeAlias = Annotated[int, Meta(ge=0, le=0o777)]
+# As `names.path_to_json` writes it: up to three characters a byte.
 PathText: TypeAlias = Annotated[
     str, Meta(min_length=1, max_length=3 * limits.PATH_IN_CHECKPOINT_MAX_BYTES)
 ]
-NodeId: TypeAlias = Annotated[
-    str, Meta(pattern=r"^[a-z0-9]([a-z0-9.-]{0,61}[a-z0-9])?$")
-]
+NodeId: TypeAlias = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?\Z")]
 ShortText: TypeAlias = Annotated[str, Meta(max_length=1024)]
+Metrics: TypeAlias = Annotated[
+    dict[
+        Annotated[str, Meta(max_length=limits.METRIC_NAME_MAX_CHARACTERS)],
+        Annotated[float, Meta(ge=-sys.float_info.max, le=sys.float_info.max)],
+    ],
+    Meta(max_length=limits.METRICS_MAX),
+]
 
 
 class _Record(Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,19 +104,19 @@ class Manifest(_Record, frozen=True, tag_field="kind", tag="manifest"):
     cluster: ShortText
     name: Annotated[str, Meta(max_length=limits.NAME_MAX_BYTES)]
     order: Order
-    created: ShortText
+    created: Time
     host: ShortText
-    nonce: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    nonce: Nonce
     unit: Literal["directory", "file"]
     content_id: Hex64
     copies: Annotated[int, Meta(ge=1, le=limits.CLUSTER_NODES_MAX)]
     redundancy: Literal["copies"]
     mode: Mode
-    entries: tuple[Entry, ...]
-    shards: tuple[ShardReference, ...]
+    entries: Annotated[tuple[Entry, ...], Meta(max_length=limits.ENTRIES_MAX)]
+    shards: Annotated[tuple[ShardReference, ...], Meta(max_length=limits.SHARDS_PER_MANIFEST_MAX)]
     tensor_index: Count | None = None
-    step: int | None = None
-    metrics: dict[str, float] = {}
+    step: Count | None = None
+    metrics: Metrics = {}
 
 
 class Tombstone(_Record, frozen=True, tag_field="kind", tag="tombstone"):
@@ -113,15 +128,11 @@ class Tombstone(_Record, frozen=True, tag_field="kind", tag="tombstone"):
     format: Literal[1]
     cluster: ShortText
     order: Order
-    created: ShortText
-    nonce: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    created: Time
+    nonce: Nonce
     reason: Literal["rm", "retention"]
-    versions: Annotated[
-        tuple[Hex64, ...], Meta(max_length=limits.TOMBSTONE_VERSIONS_MAX)
-    ]
-    content_ids: Annotated[
-        tuple[Hex64, ...], Meta(max_length=limits.TOMBSTONE_VERSIONS_MAX)
-    ] = ()
+    versions: Annotated[tuple[Hex64, ...], Meta(max_length=limits.TOMBSTONE_VERSIONS_MAX)]
+    content_ids: Annotated[tuple[Hex64, ...], Meta(max_length=limits.TOMBSTONE_VERSIONS_MAX)] = ()
     justified_by: Hex64 | None = None
 
 
@@ -131,8 +142,8 @@ class Pin(_Record, frozen=True, tag_field="kind", tag="pin"):
     format: Literal[1]
     cluster: ShortText
     order: Order
-    created: ShortText
-    nonce: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    created: Time
+    nonce: Nonce
     version: Hex64
 
 
@@ -142,8 +153,8 @@ class Unpin(_Record, frozen=True, tag_field="kind", tag="unpin"):
     format: Literal[1]
     cluster: ShortText
     order: Order
-    created: ShortText
-    nonce: Annotated[str, Meta(pattern="^[0-9a-f]{32}$")]
+    created: Time
+    nonce: Nonce
     pins: Annotated[tuple[Hex64, ...], Meta(max_length=limits.TOMBSTONE_VERSIONS_MAX)]
 
 
@@ -153,9 +164,9 @@ class Member(_Record, frozen=True, tag_field="kind", tag="member"):
     format: Literal[1]
     cluster: ShortText
     order: Order
-    created: ShortText
+    created: Time
     node: NodeId
-    roles: tuple[Literal["worker", "coordinator"], ...]
+    roles: Annotated[tuple[Literal["worker", "coordinator"], ...], Meta(max_length=2)]
     address: ShortText
     bulk_port: Annotated[int, Meta(ge=0, le=65535)]
     zone: ShortText = ""
@@ -182,15 +193,21 @@ class _Envelope(Struct, frozen=True):
     order: Order
 
 
+# RecursionError: fields of unknown formats are skipped, however deeply they nest.
+_MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _envelope_decoder = msgspec.json.Decoder(_Envelope)
-KNOWN: Final = frozenset(
-    {(k, FORMAT) for k in ("manifest", "tombstone", "pin", "unpin", "member")}
-)
+KNOWN: Final = frozenset({(k, FORMAT) for k in ("manifest", "tombstone", "pin", "unpin", "member")})
 
 
 def encode(document: Document) -> bytes:
-    """The canonical bytes of `document`: those that are hashed, signed, stored and sent."""
-    return _encoder.encode(document)
+    """The canonical bytes of `document`: those that are hashed, signed, stored and sent.
+
+    Raises DocumentRefused when a text in it has no UTF-8 form (a file name that is not UTF-8).
+    """
+    try:
+        return _encoder.encode(document)
+    except UnicodeEncodeError as error:
+        raise DocumentRefused(f"a document holds text that is not UTF-8: {error}") from error
 
 
 def document_id(raw: bytes) -> str:
@@ -211,7 +228,7 @@ def decode(raw: bytes, *, cluster: str) -> Document | UnknownDocument:
         )
     try:
         envelope = _envelope_decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except _MALFORMED as error:
         raise DocumentRefused(f"a document cannot be read: {error}") from error
     if envelope.cluster != cluster:
         raise DocumentRefused(
@@ -221,66 +238,91 @@ def decode(raw: bytes, *, cluster: str) -> Document | UnknownDocument:
         return UnknownDocument(envelope.kind, envelope.format, envelope.order)
     try:
         document = _decoder.decode(raw)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise DocumentRefused(
-            f"a {envelope.kind} document is malformed: {error}"
-        ) from error
+    except _MALFORMED as error:
+        raise DocumentRefused(f"a {envelope.kind} document is malformed: {error}") from error
     if encode(document) != raw:
         raise DocumentRefused(f"a {envelope.kind} document is not in canonical form")
+    _check_time(document.created)
     if isinstance(document, Manifest):
         check_manifest(document)
+    elif isinstance(document, Tombstone):
+        check_tombstone(document)
     return document
 
 
+def _check_time(created: str) -> None:
+    try:
+        datetime.fromisoformat(created)
+    except ValueError as error:
+        raise DocumentRefused(f"a document has the impossible time {created}") from error
+
+
+def check_tombstone(tombstone: Tombstone) -> None:
+    """Raises DocumentRefused unless a policy's tombstone, and only that, names a live version that
+    justifies it."""
+    if (tombstone.reason == "retention") != (tombstone.justified_by is not None):
+        raise DocumentRefused("a tombstone's reason and its justifying version do not fit")
+    if tombstone.justified_by in tombstone.versions:
+        raise DocumentRefused("a tombstone removes the version that justifies it")
+
+
 def check_manifest(manifest: Manifest) -> None:
-    """Raises DocumentRefused unless parts cover each file exactly and stay inside their shards."""
-    if len(manifest.entries) > limits.ENTRIES_MAX:
-        raise DocumentRefused(
-            f"a manifest has {len(manifest.entries)} entries, over the limit"
-        )
-    if len({entry.path for entry in manifest.entries}) != len(manifest.entries):
-        raise DocumentRefused("a manifest has two entries of one path")
+    """Raises DocumentRefused unless the manifest can be restored as it stands: paths stay inside
+    the checkpoint and do not clash, parts cover each file exactly and stay inside their shards."""
     if len({reference.shard for reference in manifest.shards}) != len(manifest.shards):
         raise DocumentRefused("a manifest lists one shard twice")
     if manifest.unit == "file" and not (
         len(manifest.entries) == 1 and isinstance(manifest.entries[0], FileEntry)
     ):
-        raise DocumentRefused(
-            "a manifest of a single file does not hold exactly one file"
-        )
-    if manifest.tensor_index is not None and manifest.tensor_index >= len(
-        manifest.shards
-    ):
+        raise DocumentRefused("a manifest of a single file does not hold exactly one file")
+    if manifest.tensor_index is not None and manifest.tensor_index >= len(manifest.shards):
         raise DocumentRefused("a manifest's tensor index is not among its shards")
     if content_id(manifest.entries) != manifest.content_id:
         raise DocumentRefused("a manifest's content id is not that of its entries")
+    try:
+        names.check_name(manifest.name)
+        kinds = _checked_paths(manifest.entries)
+    except NameRefused as error:
+        raise DocumentRefused(f"a manifest holds a forbidden name: {error.message}") from error
+    _check_tree(kinds)
     for entry in manifest.entries:
-        _check_path(entry.path)
         if isinstance(entry, FileEntry):
             _check_parts(entry, manifest.shards)
 
 
-def _check_path(path: str) -> None:
-    if "\0" in path or any(segment in ("", ".", "..") for segment in path.split("/")):
-        raise DocumentRefused(f"a manifest has the forbidden path {path!r}")
+def _checked_paths(entries: tuple[Entry, ...]) -> list[tuple[str, bool]]:
+    """The path of each entry and whether it is a directory. Raises NameRefused."""
+    rows: list[tuple[str, bool]] = []
+    for entry in entries:
+        path = names.check_path(names.path_from_json(entry.path))
+        if isinstance(entry, SymlinkEntry):
+            names.check_symlink_target(path, names.path_from_json(entry.target))
+        rows.append((path, isinstance(entry, DirectoryEntry)))
+    return rows
+
+
+def _check_tree(rows: list[tuple[str, bool]]) -> None:
+    """No path twice, and nothing below a file or a symlink: a restore would write through it."""
+    # NUL is in no path and sorts first, so what lies below a path comes right after it.
+    keys = sorted((path.replace("/", "\0"), is_directory) for path, is_directory in rows)
+    for (above, is_directory), (below, _) in itertools.pairwise(keys):
+        path = names.path_to_json(above.replace("\0", "/"))
+        if above == below:
+            raise DocumentRefused(f"a manifest has two entries of the path {path!r}")
+        if below.startswith(above + "\0") and not is_directory:
+            raise DocumentRefused(f"a manifest has entries below {path!r}, which is no directory")
 
 
 def _check_parts(entry: FileEntry, shards: tuple[ShardReference, ...]) -> None:
     total = 0
     for part in entry.parts:
         if part.shard_index >= len(shards):
-            raise DocumentRefused(
-                f"{entry.path}: a part lies in a shard that is not listed"
-            )
+            raise DocumentRefused(f"{entry.path}: a part lies in a shard that is not listed")
         if part.offset + part.length > shards[part.shard_index].size:
-            raise DocumentRefused(
-                f"{entry.path}: a part reaches past the end of its shard"
-            )
+            raise DocumentRefused(f"{entry.path}: a part reaches past the end of its shard")
         total += part.length
     if total != entry.size:
-        raise DocumentRefused(
-            f"{entry.path}: its parts have {total} bytes, not {entry.size}"
-        )
+        raise DocumentRefused(f"{entry.path}: its parts have {total} bytes, not {entry.size}")
 
 
 def content_id(entries: tuple[Entry, ...]) -> str:

@@ -23,6 +23,9 @@ DOCUMENT_MAX_BYTES: Final = (
     16 * MIB
 )  # a manifest of 1 TiB at 32 MiB a shard has about 3 MiB
 TOMBSTONE_VERSIONS_MAX: Final = 10_000
+SHARDS_PER_MANIFEST_MAX: Final = 256 * KIB
+METRICS_MAX: Final = 256
+METRIC_NAME_MAX_CHARACTERS: Final = 256
 ENTRIES_MAX: Final = 200_000  # files, directories and symlinks of one checkpoint
 
 # Shards
@@ -97,3 +100,14 @@ STORE_READ_PIECE_BYTES: Final = 1 * MIB  # of what is re-read and hashed
 STORE_IGNORED_NAMES_MAX: Final = 100  # files that are not ours: kept for the report, rest counted
 VERIFY_PAUSE_S: Final = 2.0  # between two bad reads, so that one dip of the supply is not two
 MEDIUM_CHECK_INTERVAL_S: Final = 30.0
+
+# HTTP: metrics, health and service discovery. A request is a line and a few headers, no body.
+HTTP_CONNECTIONS_MAX: Final = 64
+HTTP_BACKLOG_MAX: Final = 128
+HTTP_HEAD_MAX_BYTES: Final = 16 * KIB
+HTTP_READ_BYTES: Final = 4 * KIB
+HTTP_REQUESTS_PER_CONNECTION_MAX: Final = 16
+HTTP_REQUEST_TIMEOUT_S: Final = 5.0  # from the first byte (or the accept) to the end of the head
+HTTP_IDLE_TIMEOUT_S: Final = 75.0  # between two requests; monitoring asks every 15 to 60 s
+HTTP_ANSWER_TIMEOUT_S: Final = 10.0  # until the peer has taken the whole answer
+HTTP_CLOSE_TIMEOUT_S: Final = 2.0  # for answers under way when the node stops

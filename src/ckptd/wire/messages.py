@@ -7,16 +7,20 @@ numbers are never used again for something else.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from typing import Annotated, Final, TypeAlias
 
 import msgspec
 from msgspec import Meta, Struct
 
 from ckptd.core import limits
+from ckptd.core.documents import Metrics
 from ckptd.errors import ProtocolError
 
 Digest: TypeAlias = Annotated[bytes, Meta(min_length=32, max_length=32)]
 Text: TypeAlias = Annotated[str, Meta(max_length=1024)]
+Roles: TypeAlias = Annotated[tuple[Text, ...], Meta(max_length=8)]
 LongText: TypeAlias = Annotated[str, Meta(max_length=8192)]
 Size: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
 ShardSize: TypeAlias = Annotated[int, Meta(ge=1, le=limits.SHARD_SIZE_MAX_BYTES)]
@@ -28,6 +32,14 @@ Versions: TypeAlias = Annotated[
 DocumentIds: TypeAlias = Annotated[
     tuple[Digest, ...], Meta(max_length=limits.DOCUMENTS_PER_MESSAGE_MAX)
 ]
+
+
+Bitmap: TypeAlias = Annotated[bytes, Meta(max_length=limits.SHARDS_PER_MANIFEST_MAX // 8)]
+Clock: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
+# Floats have an upper bound because infinity would pass any comparison later; NaN never passes.
+Seconds: TypeAlias = Annotated[float, Meta(ge=0, le=1e12)]
+Age: TypeAlias = Annotated[float, Meta(ge=-1, le=1e12)]
+Rate: TypeAlias = Annotated[float, Meta(ge=0, le=1e15)]
 
 
 class Message(Struct, frozen=True, forbid_unknown_fields=True):
@@ -43,9 +55,9 @@ class Hello(Message, frozen=True):
 
     cluster: Text
     node: Text
-    roles: Annotated[tuple[Text, ...], Meta(max_length=8)]
+    roles: Roles
     software: Text
-    clock_ms: int
+    clock_ms: Clock
     highest_order: Size
     boot_id: Text = ""
     zone: Text = ""
@@ -66,11 +78,11 @@ class Busy(Message, frozen=True):
     """No slot: come again or go elsewhere. Not a failure. `retry_after_s` is a hint."""
 
     reason: Text = ""
-    retry_after_s: float = 0.2
+    retry_after_s: Seconds = 0.2
 
 
 class Ping(Message, frozen=True):
-    pass
+    """The heartbeat. Answered like GetStatus, without `peers`."""
 
 
 class PeerView(Message, frozen=True):
@@ -80,8 +92,8 @@ class PeerView(Message, frozen=True):
     address: Text
     bulk_port: Port
     state: Text
-    last_seen_s: float
-    roles: tuple[Text, ...] = ()
+    last_seen_s: Age
+    roles: Roles = ()
     zone: Text = ""
 
 
@@ -97,23 +109,23 @@ class NodeStatus(Message, frozen=True):
     bytes_total: Size
     bytes_used: Size
     bytes_free: Size
-    write_bytes_per_s: float
+    write_bytes_per_s: Rate
     queued_bytes: Size
     shards: Size
     quarantined: Size
     documents: Size
     unknown_documents: Size
-    documents_digest: bytes
+    documents_digest: Digest
     highest_order: Size
     software: Text
-    clock_ms: int
-    uptime_s: float
+    clock_ms: Clock
+    uptime_s: Seconds
     failed_reason: LongText = ""
     peers: Annotated[tuple[PeerView, ...], Meta(max_length=limits.CLUSTER_NODES_MAX)] = ()
 
 
 class GetStatus(Message, frozen=True):
-    pass
+    """How is the node, and what does it think of the others?"""
 
 
 class Have(Message, frozen=True):
@@ -128,8 +140,8 @@ class HaveReply(Message, frozen=True):
     """Bit i (of byte i // 8, least significant first) answers shard i of the question.
     `verified_age_s[i]`: seconds since shard i was last hashed from disk, -1: not since start."""
 
-    held: bytes
-    verified_age_s: tuple[float, ...]
+    held: Annotated[bytes, Meta(max_length=limits.SHARDS_PER_MESSAGE_MAX // 8)]
+    verified_age_s: Annotated[tuple[Age, ...], Meta(max_length=limits.SHARDS_PER_MESSAGE_MAX)]
 
 
 class Inventory(Message, frozen=True):
@@ -140,15 +152,16 @@ class Inventory(Message, frozen=True):
 
 class InventoryReply(Message, frozen=True):
     """Per version: whether its manifest is durable here, and a bitmap over the manifest's
-    shards (None when the manifest is not here)."""
+    shards (None when the manifest is not here). May answer only the first few: ask again for the
+    rest."""
 
-    bitmaps: tuple[bytes | None, ...]
+    bitmaps: Annotated[tuple[Bitmap | None, ...], Meta(max_length=limits.VERSIONS_PER_MESSAGE_MAX)]
 
 
 class ListDocuments(Message, frozen=True):
     """The headers of all documents with an id above `after` (empty: from the start), by id."""
 
-    after: bytes = b""
+    after: Annotated[bytes, Meta(max_length=32)] = b""
 
 
 class DocumentHeader(Message, frozen=True):
@@ -160,13 +173,13 @@ class DocumentHeader(Message, frozen=True):
     order: Size
     name: Text = ""
     created: Text = ""
-    content_id: bytes = b""
+    content_id: Annotated[bytes, Meta(max_length=32)] = b""
     size: Size = 0
     files: Size = 0
     shards: Size = 0
     copies: Size = 0
-    step: int | None = None
-    metrics: dict[str, float] = {}
+    step: Size | None = None
+    metrics: Metrics = {}
 
 
 class DocumentHeaders(Message, frozen=True):
@@ -183,8 +196,8 @@ class GetDocuments(Message, frozen=True):
 
 
 class SignedDocument(Message, frozen=True):
-    document: bytes
-    signature: bytes
+    document: Annotated[bytes, Meta(max_length=limits.DOCUMENT_MAX_BYTES)]
+    signature: Annotated[bytes, Meta(max_length=limits.SIGNATURE_ENVELOPE_MAX_BYTES)]
 
 
 class Documents(Message, frozen=True):
@@ -206,7 +219,7 @@ class PutDocumentResult(Message, frozen=True):
 
     id: Digest
     refused: LongText = ""
-    bitmap: bytes | None = None
+    bitmap: Bitmap | None = None
 
 
 class PutDocumentsReply(Message, frozen=True):
@@ -218,7 +231,7 @@ class PutDocumentsReply(Message, frozen=True):
 class Sync(Message, frozen=True):
     """Asks for all document ids, unless the digest over them is `documents_digest`."""
 
-    documents_digest: bytes
+    documents_digest: Digest
 
 
 class SyncReply(Message, frozen=True):
@@ -237,7 +250,7 @@ class Verify(Message, frozen=True):
 class VerifyReply(Message, frozen=True):
     """One word per shard: ok, missing, corrupt (now in quarantine) or unreadable."""
 
-    results: tuple[Text, ...]
+    results: Annotated[tuple[Text, ...], Meta(max_length=limits.SHARDS_PER_MESSAGE_MAX)]
 
 
 class ReportCorrupt(Message, frozen=True):
@@ -255,8 +268,8 @@ class Hop(Message, frozen=True):
 
 
 class PutShard(Message, frozen=True):
-    """A shard follows as payload once the receiver said Ready. The receiver passes it on to
-    chain[0] with the rest of the chain."""
+    """Offers a shard. It follows in a ShardData of the same request id once the receiver said
+    Ready. The receiver passes it on to chain[0] with the rest of the chain."""
 
     shard: Digest
     size: ShardSize
@@ -282,24 +295,27 @@ class CopyReport(Message, frozen=True):
     message: LongText = ""
 
 
+Reports: TypeAlias = Annotated[tuple[CopyReport, ...], Meta(max_length=limits.CHAIN_HOPS_MAX + 1)]
+
+
 class Ready(Message, frozen=True):
-    """Send the payload (`wanted`), or do not: no node of the chain needs it. `reports` tells of
+    """Send the shard (`wanted`), or do not: no node of the chain needs it. `reports` tells of
     the nodes of the chain that will not take part or have the shard already."""
 
     wanted: bool
-    reports: tuple[CopyReport, ...] = ()
+    reports: Reports = ()
 
 
 class Progress(Message, frozen=True):
     """Sent upstream at least every second while something is under way."""
 
-    reports: tuple[CopyReport, ...]
+    reports: Reports
 
 
 class PutResult(Message, frozen=True):
     """The end of a put or push: one report per node of the chain, this one first."""
 
-    reports: tuple[CopyReport, ...]
+    reports: Reports
 
 
 class GetShard(Message, frozen=True):
@@ -309,7 +325,7 @@ class GetShard(Message, frozen=True):
 
 
 class ShardData(Message, frozen=True):
-    """Payload: the shard's bytes."""
+    """Payload: the shard's bytes. Answers GetShard, and follows a PutShard that Ready wanted."""
 
     shard: Digest
 
@@ -393,3 +409,21 @@ def decode_documents(payload: bytes | memoryview, *, peer: str) -> tuple[SignedD
         return _documents_decoder.decode(payload)
     except msgspec.DecodeError as error:
         raise ProtocolError(peer, f"sent malformed documents: {error}") from error
+
+
+def encode_document_ids(ids: Iterable[bytes]) -> bytes:
+    """The payload of SyncReply: `ids` (32 bytes each), sorted."""
+    return b"".join(sorted(ids))
+
+
+def decode_document_ids(
+    reply: SyncReply, payload: bytes | memoryview, *, peer: str
+) -> tuple[bytes, ...]:
+    """The ids behind `reply`, strictly ascending. Raises ProtocolError."""
+    raw = bytes(payload)
+    if len(raw) != 32 * reply.count or (reply.equal and raw):
+        raise ProtocolError(peer, f"announced {reply.count} document ids, sent {len(raw)} bytes")
+    ids = tuple(raw[start : start + 32] for start in range(0, len(raw), 32))
+    if any(first >= second for first, second in itertools.pairwise(ids)):
+        raise ProtocolError(peer, "sent document ids that are not sorted")
+    return ids
