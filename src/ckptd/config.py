@@ -327,7 +327,7 @@ def _node(section: Section) -> NodeConfig:
         bulk_port=section.whole("bulk_port", after_listen, 0, 65535),
         zone=section.identifier("zone", ""),
     )
-    if node.bulk_port and node.bulk_port == listen.port:
+    if section.has("bulk_port") and node.bulk_port and node.bulk_port == listen.port:
         section.fault("bulk_port", "must differ from the port of node.listen")
     section.close()
     return node

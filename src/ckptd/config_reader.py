@@ -7,12 +7,12 @@ What it built is thrown away once there is any error.
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Final, TypeVar
 
-from ckptd.core.limits import CONFIG_LIST_MAX, CONFIG_TEXT_MAX, NAME_MAX_BYTES, NODE_ID_MAX_BYTES
+from ckptd.core.limits import CONFIG_LIST_MAX, CONFIG_TEXT_MAX
+from ckptd.core.names import check_name, check_node_id
 from ckptd.core.quantities import (
     Address,
     format_duration,
@@ -24,12 +24,11 @@ from ckptd.core.quantities import (
     parse_rate,
     parse_size,
 )
-from ckptd.errors import ConfigError
+from ckptd.errors import ConfigError, NameRefused
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
 C = TypeVar("C", bound=str)
-_IDENTIFIER: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?", re.ASCII)
 _MISSING: Final = object()
 
 
@@ -45,6 +44,8 @@ class Section:
         self._errors = errors
         self._asked: set[str] = set()
         self._values: dict[str, object] = {}
+        # What is no map lacks every key; saying so for each would bury the one real fault.
+        self._is_map = isinstance(value, dict) or value is None
         if isinstance(value, dict):
             self._values = value
         elif value is not None:
@@ -77,7 +78,7 @@ class Section:
         ]
 
     def text(self, key: str, default: str | None = None) -> str:
-        """One line of text. It may be empty only if the default is; without one it must be there."""
+        """One line of text, empty only if the default is; without a default it must be there."""
 
         def parse(value: object) -> str:
             return "" if value == default == "" else _plain_text(value)
@@ -88,32 +89,28 @@ class Section:
         return self._parsed_list(key, _plain_text)
 
     def identifier(self, key: str, default: str | None = None) -> str:
-        """A cluster, node or zone id: letters, digits, `.`, `_` and `-`, at most 63 characters."""
+        """A cluster, node or zone id, by the rules of `check_node_id`."""
 
         def parse(value: object) -> str:
             if value == default == "":
                 return ""
-            text = _plain_text(value)
-            if len(text) > NODE_ID_MAX_BYTES or not _IDENTIFIER.fullmatch(text):
-                raise ValueError(
-                    f"{text!r}: only letters, digits and inner . _ - are taken, "
-                    f"at most {NODE_ID_MAX_BYTES}"
-                )
-            return text
+            try:
+                return check_node_id(_plain_text(value))
+            except NameRefused as error:
+                raise ValueError(error.message.removeprefix("node id ")) from error
 
         return self._parsed(key, default, parse, "unset")
 
     def name_prefix(self, key: str) -> str:
-        """The leading segments of checkpoint names, or "" when absent."""
+        """The leading segments of checkpoint names, or "" when absent or empty."""
 
         def parse(value: object) -> str:
-            text = _plain_text(value) if value != "" else ""
-            segments = text.split("/") if text else []
-            if any(part in ("", ".", "..") or "@" in part for part in segments):
-                raise ValueError(f"{text!r}: write name segments joined by /, without @, . or ..")
-            if text.startswith("~") or len(text.encode()) > NAME_MAX_BYTES:
-                raise ValueError(f"{text[:64]!r} cannot begin a checkpoint name")
-            return text
+            if value == "":
+                return ""
+            try:
+                return check_name(_plain_text(value))
+            except NameRefused as error:
+                raise ValueError(error.message) from error
 
         return self._parsed(key, "", parse, "")
 
@@ -138,7 +135,7 @@ class Section:
     def choices(self, key: str, allowed: tuple[C, ...]) -> tuple[C, ...]:
         """At least one of `allowed`, each at most once."""
         chosen = self._parsed_list(key, lambda value: _choice(value, allowed))
-        if not chosen and not self._values.get(key):
+        if not chosen and not self._values.get(key) and self._is_map:
             self.fault(key, f"missing: name at least one of {', '.join(allowed)}")
         elif len(set(chosen)) < len(chosen):
             self.fault(key, "names one twice")
@@ -231,7 +228,7 @@ class Section:
         self._asked.add(key)
         value = self._values.get(key, _MISSING)
         if value is _MISSING:
-            if default is None:
+            if default is None and self._is_map:
                 self.fault(key, "missing")
             return after_fault if default is None else default
         try:
