@@ -23,6 +23,10 @@ _NEW_FILE_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _temporary_numbers = itertools.count()
 
 
+class FileTooLong(OSError):
+    """A file is longer than any that the store writes in its place."""
+
+
 class NewFile:
     """A file on its way into the store: temporary until `publish` has returned.
 
@@ -31,9 +35,9 @@ class NewFile:
     fails, left to the next start, which empties incoming/).
     """
 
-    def __init__(self, filesystem: FileSystem, incoming: str, label: str) -> None:
+    def __init__(self, filesystem: FileSystem, path: str) -> None:
         self._filesystem = filesystem
-        self.path = os.path.join(incoming, f"{label}.{next(_temporary_numbers)}")
+        self.path = path
         self.written = 0
         self._descriptor: int | None = filesystem.open(self.path, _NEW_FILE_FLAGS)
 
@@ -63,16 +67,12 @@ class NewFile:
         return self._filesystem.duplicate(self._opened())
 
     def publish(
-        self,
-        target: str,
-        *,
-        renaming: AbstractContextManager[object] | None = None,
-        keep_on_error: bool = False,
+        self, target: str, *, renaming: AbstractContextManager[object] | None = None
     ) -> None:
         """Make the file durable as `target`, whose directory must be durable itself.
 
-        The rename alone happens inside `renaming`. When the directory's flush fails, the name is
-        taken back, unless `keep_on_error` (an older whole file had it, which counted already).
+        The rename alone happens inside `renaming`. When the flush of the directory fails, whole
+        bytes may lie under the name, but nobody was told so: they are written anew.
         """
         try:
             self._filesystem.fsync(self._opened())
@@ -82,12 +82,7 @@ class NewFile:
         except OSError:
             self.discard()
             raise
-        try:
-            self._filesystem.fsync_directory(os.path.dirname(target))
-        except OSError:
-            if not keep_on_error:
-                _remove_if_possible(self._filesystem, target)
-            raise
+        self._filesystem.fsync_directory(os.path.dirname(target))
 
     def discard(self) -> None:
         """Remove the temporary file; errors are left to the next start. May be called twice."""
@@ -108,9 +103,14 @@ class NewFile:
             self._filesystem.close(descriptor)
 
 
-def write_file(filesystem: FileSystem, incoming: str, target: str, data: bytes) -> None:
+def temporary_path(incoming: str, label: str) -> str:
+    """A path in incoming/ that no other file of this process has; `label` is for the reader."""
+    return os.path.join(incoming, f"{label}.{next(_temporary_numbers)}")
+
+
+def write_file(filesystem: FileSystem, temporary: str, target: str, data: bytes) -> None:
     """Write a small file in one go and make it durable as `target`. Raises `OSError`."""
-    file = NewFile(filesystem, incoming, os.path.basename(target))
+    file = NewFile(filesystem, temporary)
     file.append(memoryview(data))
     file.publish(target)
 
@@ -135,30 +135,23 @@ def make_directory(filesystem: FileSystem, path: str) -> bool:
     return made
 
 
-def move(filesystem: FileSystem, source: str, target: str) -> None:
-    """Rename between two durable directories; when it returns, the new name will stay.
-
-    The new name is flushed before the loss of the old one, so no moment has neither of them.
-    """
-    filesystem.rename(source, target)
-    flush_move(filesystem, source, target)
-
-
 def flush_move(filesystem: FileSystem, source: str, target: str) -> None:
     """Make a rename durable that was done before: first the new name, then the loss of the old."""
     filesystem.fsync_directory(os.path.dirname(target))
     filesystem.fsync_directory(os.path.dirname(source))
 
 
-def read_file(filesystem: FileSystem, path: str, max_bytes: int, *, uncached: bool = False) -> bytes:
-    """All bytes of a file of at most `max_bytes`; `OSError` with EFBIG when it is longer."""
+def read_file(
+    filesystem: FileSystem, path: str, max_bytes: int, *, uncached: bool = False
+) -> bytes:
+    """All bytes of a file; `FileTooLong` when they are more than `max_bytes`."""
     descriptor = filesystem.open(path, os.O_RDONLY)
     try:
         if uncached:
             filesystem.drop_cache(descriptor)
         size = filesystem.identify(descriptor).size_bytes
         if size > max_bytes:
-            raise OSError(errno.EFBIG, f"longer than {max_bytes} bytes", path)
+            raise FileTooLong(errno.EFBIG, f"longer than {max_bytes} bytes", path)
         buffer = bytearray(size)
         count = read_fully(filesystem, descriptor, memoryview(buffer), 0)
         return bytes(buffer[:count])

@@ -83,13 +83,14 @@ class Medium:
 
         `OSError` leaves it as `NoRoom`, as `MediumFailed` (then the state is set, too), or as
         `StoreOperationFailed` when it says nothing about the disk. Nothing runs when the disk has
-        failed before.
+        failed before, and nothing succeeds when it failed meanwhile in another thread.
         """
         self.require()
         try:
             yield
         except OSError as error:
             raise self.translate(what, error) from error
+        self.require()
 
     def translate(self, what: str, error: OSError) -> CkptdError:
         """The error of our tree for `error`; sets the failed state when the disk is to blame."""

@@ -1,0 +1,372 @@
+"""The shards of one store: which ones are here, reading, receiving and verifying them.
+
+A shard counts as here only when its file has the right size and was flushed together with its
+name; the scan at the start flushes every directory before it believes its names.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from ckptd.core import limits
+from ckptd.errors import NotFound, Refused, ShardCorrupt
+from ckptd.store import durable, layout
+from ckptd.store.durable import NewFile
+from ckptd.store.filesystem import FileIdentity
+from ckptd.store.index import ShardIndex
+from ckptd.store.marker import StoreDirectory
+from ckptd.store.quarantine import QuarantinedFile
+from ckptd.store.room import Room, RoomKeeper
+from ckptd.store.shard_io import IncomingShard, ShardReader
+
+_VERIFY_ATTEMPTS = 3  # each fails only when the file was replaced while it was read
+
+
+class VerifyResult(enum.StrEnum):
+    """What a re-read of one copy has shown."""
+
+    OK = "ok"
+    MISSING = "missing"
+    CORRUPT = "corrupt"  # two reads had another hash; the file is in quarantine now
+    UNREADABLE = "unreadable"
+
+
+@dataclass(slots=True)
+class StoreCounters:
+    """Counts since the start. They only grow."""
+
+    shards_written: int = 0
+    bytes_written: int = 0
+    shards_discarded: int = 0  # received, and not the announced bytes
+    shards_corrupt: int = 0  # stored, and moved to quarantine
+    shards_unreadable: int = 0
+    bad_reads_not_repeated: int = 0  # one read had another hash, the next one was good
+    bytes_verified: int = 0
+
+
+class ShardStore:
+    """The shards below one store directory. Thread-safe; nothing here knows an event loop.
+
+    `directory` is the opened store. `reserve` is room that shards leave alone: a count of bytes
+    (`int`) or a fraction of the file system (`float`). `clock` gives the time in seconds for
+    `verified_at` and `touched_at`. The constructor scans the store (errors: `MediumFailed`,
+    `StoreOperationFailed`). After an I/O error every method raises `MediumFailed`.
+    """
+
+    def __init__(
+        self,
+        directory: StoreDirectory,
+        *,
+        reserve: int | float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._directory = directory
+        self._path = directory.path
+        self._filesystem = directory.filesystem
+        self._medium = directory.medium
+        self._clock = clock
+        self._keeper = RoomKeeper(self._path, self._filesystem, reserve)
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._index = ShardIndex()
+        self._counters = StoreCounters()
+        # Renamed, but not yet in the index: their files must stay where they are.
+        self._committing: Counter[bytes] = Counter()
+        self._directories: set[int] = set()  # first bytes whose directory is durable
+        self._making_directory = threading.Lock()
+        self._ignored: list[str] = []
+        self._ignored_count = 0
+        with self._medium.operation("scan the shards"):
+            self._scan()
+
+    # What is here
+
+    def has(self, digest: bytes, size: int | None = None) -> bool:
+        """Whether the shard is here, durably, with this size in bytes (None: any size)."""
+        found = self.size(digest)
+        return found is not None and (size is None or found == size)
+
+    def size(self, digest: bytes) -> int | None:
+        """Size of the shard's file in bytes; None when it is not here."""
+        self._medium.require()
+        with self._lock:
+            return self._index.size(digest)
+
+    def verified_at(self, digest: bytes) -> float | None:
+        """When the bytes were last hashed: received, or re-read. None since the start: never."""
+        self._medium.require()
+        with self._lock:
+            return self._index.verified_at(digest)
+
+    def touch(self, digest: bytes, now: float) -> bool:
+        """Record that a store wants this shard (`now` by the same clock); False: not here."""
+        self._medium.require()
+        with self._lock:
+            return self._index.touch(digest, now)
+
+    def touched_at(self, digest: bytes) -> float | None:
+        """When the shard was last wanted, received, or found by the scan; None: not here."""
+        self._medium.require()
+        with self._lock:
+            return self._index.touched_at(digest)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def digests(self) -> Iterator[bytes]:
+        """All digests in order. What changes meanwhile may or may not be seen."""
+        for first_byte in range(256):
+            self._medium.require()
+            with self._lock:
+                digests = self._index.bucket_digests(first_byte)
+            yield from digests
+
+    def room(self) -> Room:
+        """Room on the disk, in bytes."""
+        with self._medium.operation("ask for the free room"):
+            return self._keeper.room(
+                self._index.total_bytes + self._directory.quarantine.total_bytes
+            )
+
+    @property
+    def counters(self) -> StoreCounters:
+        """The counts as they are now."""
+        with self._lock:
+            return replace(self._counters)
+
+    @property
+    def ignored(self) -> tuple[int, list[str]]:
+        """Count and first few paths of what the scan found below shards/ and is no shard."""
+        return self._ignored_count, list(self._ignored)
+
+    def quarantined(self) -> list[QuarantinedFile]:
+        """Everything that lies in quarantine."""
+        with self._medium.operation("list the quarantine"):
+            return self._directory.quarantine.files()
+
+    def index_memory_bytes(self) -> int:
+        """Bytes that the index takes."""
+        with self._lock:
+            return self._index.memory_bytes()
+
+    # Reading and receiving
+
+    def open_read(self, digest: bytes) -> ShardReader:
+        """Open a shard for reading. Errors: `NotFound`; `ShardCorrupt` when the file's size is
+        not the recorded one (call `verify` then); `MediumFailed`, `StoreOperationFailed`."""
+        recorded = self.size(digest)
+        if recorded is None:
+            raise NotFound(f"shard {digest.hex()} is not in {self._path}")
+        with self._medium.operation(f"open shard {digest.hex()}"):
+            try:
+                descriptor = self._filesystem.open(self._shard_path(digest), os.O_RDONLY)
+            except FileNotFoundError as error:
+                self._forget_if_missing(digest)
+                raise NotFound(f"shard {digest.hex()} is gone from {self._path}") from error
+            found = self._filesystem.identify(descriptor).size_bytes
+        reader = ShardReader(self._filesystem, self._medium, descriptor, digest, found)
+        if found != recorded:
+            reader.close()
+            raise ShardCorrupt(digest.hex())
+        return reader
+
+    def begin(self, digest: bytes, size: int) -> IncomingShard:
+        """Prepare to receive a shard of `size` bytes. Several may receive the same one at once.
+
+        Errors: `NoRoom` before anything is written, `Refused` when `size` is over the limit,
+        `MediumFailed`, `StoreOperationFailed`.
+        """
+        if not 0 <= size <= limits.SHARD_SIZE_MAX_BYTES:
+            raise Refused(
+                f"a shard of {size} bytes: the limit is {limits.SHARD_SIZE_MAX_BYTES}",
+                next="lower replication.shard_size, then ckptd config check",
+            )
+        with self._medium.operation(f"receive shard {digest.hex()}"):
+            reservation = self._keeper.take(size)
+            try:
+                path = durable.temporary_path(self._directory.incoming, digest.hex())
+                file = NewFile(self._filesystem, path)
+                on_disk = file.reserve(size)
+            except OSError:
+                reservation.release()
+                raise
+        if on_disk:  # the file system counts it as taken already
+            reservation.release()
+        return IncomingShard(
+            digest,
+            size,
+            file=file,
+            reservation=reservation,
+            filesystem=self._filesystem,
+            medium=self._medium,
+            publish=self._publish,
+            discarded=self._count_discarded,
+        )
+
+    def _publish(self, file: NewFile, digest: bytes, size: int) -> None:
+        with self._lock:
+            self._committing[digest] += 1
+        try:
+            with self._medium.operation(f"store shard {digest.hex()}"):
+                self._make_shard_directory(digest)
+                file.publish(self._shard_path(digest), renaming=self._lock)
+            now = self._clock()
+            with self._lock:
+                self._index.set(digest, size, verified_at=now, touched_at=now)
+                self._counters.shards_written += 1
+                self._counters.bytes_written += size
+        finally:
+            with self._changed:
+                self._committing[digest] -= 1
+                if not self._committing[digest]:
+                    del self._committing[digest]
+                self._changed.notify_all()
+
+    def _make_shard_directory(self, digest: bytes) -> None:
+        # One at a time: a second writer must not trust the name before it is flushed.
+        with self._making_directory:
+            if digest[0] not in self._directories:
+                durable.make_directory(self._filesystem, layout.shard_directory(self._path, digest))
+                self._directories.add(digest[0])
+
+    def _count_discarded(self) -> None:
+        with self._lock:
+            self._counters.shards_discarded += 1
+
+    # Verifying
+
+    def verify(self, digest: bytes, *, pause_s: float = limits.VERIFY_PAUSE_S) -> VerifyResult:
+        """Read the copy from the medium, past the page cache, and hash it.
+
+        A bad read is repeated after `pause_s` seconds; two bad reads move the file to quarantine.
+        Blocks for as long as that takes. Raises `MediumFailed` when the disk had failed before or
+        fails at the move, `NoRoom` and `StoreOperationFailed` when the move fails; the copy does
+        not count as here any more in all these cases.
+        """
+        self._medium.require()
+        for _ in range(_VERIFY_ATTEMPTS):
+            result, identity = self._read_and_compare(digest)
+            if result is VerifyResult.CORRUPT:
+                time.sleep(pause_s)
+                result, identity = self._read_and_compare(digest)
+                if result is VerifyResult.OK:
+                    with self._lock:
+                        self._counters.bad_reads_not_repeated += 1
+            if result is not VerifyResult.CORRUPT:
+                return self._conclude(digest, result, identity)
+            if identity is not None and self._quarantine(digest, identity):
+                return VerifyResult.CORRUPT
+        return VerifyResult.UNREADABLE
+
+    def _conclude(
+        self, digest: bytes, result: VerifyResult, identity: FileIdentity | None
+    ) -> VerifyResult:
+        if result is VerifyResult.MISSING:
+            self._forget_if_missing(digest)
+            return result
+        with self._lock:
+            if result is VerifyResult.OK and identity is not None:
+                self._index.set_verified(digest, identity.size_bytes, self._clock())
+            else:
+                self._counters.shards_unreadable += 1
+        return result
+
+    def _read_and_compare(self, digest: bytes) -> tuple[VerifyResult, FileIdentity | None]:
+        if not self.has(digest):
+            return VerifyResult.MISSING, None
+        filesystem = self._filesystem
+        try:
+            descriptor = filesystem.open(self._shard_path(digest), os.O_RDONLY)
+            try:
+                identity = filesystem.identify(descriptor)
+                if identity.size_bytes > limits.SHARD_SIZE_MAX_BYTES:
+                    return VerifyResult.CORRUPT, identity
+                filesystem.drop_cache(descriptor)
+                found = self._hash_file(descriptor)
+                # What nobody else reads shall not push out what others do.
+                filesystem.drop_cache(descriptor)
+            finally:
+                filesystem.close(descriptor)
+        except FileNotFoundError:
+            return VerifyResult.MISSING, None
+        except OSError as error:
+            self._medium.translate(f"verify shard {digest.hex()}", error)
+            return VerifyResult.UNREADABLE, None
+        return (VerifyResult.OK if found == digest else VerifyResult.CORRUPT), identity
+
+    def _hash_file(self, descriptor: int) -> bytes:
+        buffer = memoryview(bytearray(limits.STORE_READ_PIECE_BYTES))
+        hashed = hashlib.sha256()
+        offset = 0
+        while count := self._filesystem.pread_into(descriptor, buffer, offset):
+            hashed.update(buffer[:count])
+            offset += count
+        with self._lock:
+            self._counters.bytes_verified += offset
+        return hashed.digest()
+
+    def _quarantine(self, digest: bytes, identity: FileIdentity) -> bool:
+        """Move the file that was read to quarantine; False when another one has its name now."""
+        path = self._shard_path(digest)
+        quarantine = self._directory.quarantine
+        with self._medium.operation(f"quarantine shard {digest.hex()}"):
+            with self._changed:
+                self._changed.wait_for(lambda: not self._committing[digest])
+                try:
+                    current = self._filesystem.identify_path(path)
+                except FileNotFoundError:
+                    return False
+                if (current.device, current.inode) != (identity.device, identity.inode):
+                    return False
+                # First, so that it does not count any more whatever happens to the move.
+                self._index.remove(digest)
+                self._counters.shards_corrupt += 1
+                target = quarantine.rename_into(path, current.size_bytes)
+            quarantine.flush(path, target)
+        return True
+
+    def _forget_if_missing(self, digest: bytes) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._committing[digest])
+            try:
+                self._filesystem.identify_path(self._shard_path(digest))
+            except FileNotFoundError:
+                self._index.remove(digest)
+
+    # The scan
+
+    def _scan(self) -> None:
+        root = os.path.join(self._path, layout.SHARDS)
+        self._filesystem.fsync_directory(root)
+        now = self._clock()
+        for entry in sorted(self._filesystem.list_directory(root), key=lambda found: found.name):
+            if entry.is_file or not layout.is_shard_directory_name(entry.name):
+                self._ignore(os.path.join(layout.SHARDS, entry.name))
+                continue
+            self._filesystem.fsync_directory(os.path.join(root, entry.name))
+            self._index.load(self._shards_in(root, entry.name), now)
+            self._directories.add(int(entry.name, 16))
+
+    def _shards_in(self, root: str, name: str) -> Iterator[tuple[bytes, int]]:
+        entries = self._filesystem.list_directory(os.path.join(root, name))
+        for entry in sorted(entries, key=lambda found: found.name):
+            digest = layout.digest_of_shard_name(name, entry.name)
+            if digest is None or not entry.is_file:
+                self._ignore(os.path.join(layout.SHARDS, name, entry.name))
+            else:
+                yield digest, entry.size_bytes
+
+    def _ignore(self, path: str) -> None:
+        self._ignored_count += 1
+        if len(self._ignored) < limits.STORE_IGNORED_NAMES_MAX:
+            self._ignored.append(path)
+
+    def _shard_path(self, digest: bytes) -> str:
+        return layout.shard_path(self._path, digest)
