@@ -23,10 +23,9 @@ from ckptd.core.documents import (
     document_id,
 )
 from ckptd.core.identity import Identity
-from ckptd.core.names import check_name
 from ckptd.core.permissions import PERMITTED_AUTHORS, DocumentKind, may_author
 from ckptd.core.signing import verify
-from ckptd.errors import DocumentRefused, NameRefused
+from ckptd.errors import DocumentRefused
 
 AUTHOR_ROLES: Final = frozenset().union(*PERMITTED_AUTHORS.values())
 """Roles that may write any document at all. What cannot be read here must have such an author."""
@@ -49,7 +48,6 @@ def admit(
     document = decode(raw, cluster=cluster)
     if not _may_say(author, document):
         raise DocumentRefused(f"{author} may not write this {_description(document)}")
-    _check(document)
     return document_id(raw), document, author
 
 
@@ -71,20 +69,6 @@ def _may_say(author: Identity, document: Document | UnknownDocument) -> bool:
             return may_author(
                 author, DocumentKind.MEMBER, about=document.node
             ) and author.roles.issuperset(document.roles)
-
-
-def _check(document: Document | UnknownDocument) -> None:
-    """What the schema of a document cannot say."""
-    if isinstance(document, Manifest):
-        try:
-            check_name(document.name)
-        except NameRefused as error:
-            raise DocumentRefused(f"a manifest is refused: {error}") from error
-    if isinstance(document, Tombstone) and document.reason == "retention":
-        if document.justified_by is None:
-            raise DocumentRefused("a retention tombstone names no version that justifies it")
-        if document.justified_by in document.versions:
-            raise DocumentRefused("a retention tombstone removes the version that justifies it")
 
 
 def _description(document: Document | UnknownDocument) -> str:
