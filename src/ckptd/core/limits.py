@@ -37,6 +37,12 @@ SAFETENSORS_HEADER_MAX_BYTES: Final = (
     100_000_000  # the limit of the safetensors library
 )
 TENSOR_INDEX_MAX_BYTES: Final = 256 * MIB  # uncompressed
+TENSORS_PER_FILE_MAX: Final = 250_000  # about 90 MB once parsed
+TENSORS_PER_CHECKPOINT_MAX: Final = 1_000_000
+TENSOR_NAME_MAX_BYTES: Final = 4096
+TENSOR_DESCRIPTION_MAX_BYTES: Final = 64 * KIB  # JSON of one tensor in a safetensors header
+TENSOR_DIMENSIONS_MAX: Final = 64  # numpy and torch stop there too
+SAFETENSORS_METADATA_MAX_BYTES: Final = 16 * MIB
 
 # Frames
 FRAME_BODY_MAX_BYTES: Final = 4 * MIB
@@ -88,7 +94,6 @@ SIGNATURE_ENVELOPE_MAX_BYTES: Final = 8 * KIB
 SIGNATURE_AUTHORS_CACHED_MAX: Final = 256
 RECOVERY_BUNDLE_MAX_BYTES: Final = MIB
 RECOVERY_FILES_MAX: Final = 64
-CHAIN_BUFFERS_PER_SLOT: Final = 4  # receiver to writer; bounds memory, lets a slow card wait
 BULK_READ_SLOTS: Final = 8  # shards being sent to readers at the same time
 SHUTDOWN_TIMEOUT_S: Final = 10.0  # transfers under way may finish within this at a stop
 BUSY_RETRY_S: Final = 0.2
@@ -111,3 +116,8 @@ HTTP_REQUEST_TIMEOUT_S: Final = 5.0  # from the first byte (or the accept) to th
 HTTP_IDLE_TIMEOUT_S: Final = 75.0  # between two requests; monitoring asks every 15 to 60 s
 HTTP_ANSWER_TIMEOUT_S: Final = 10.0  # until the peer has taken the whole answer
 HTTP_CLOSE_TIMEOUT_S: Final = 2.0  # for answers under way when the node stops
+BULK_CONNECTIONS_MAX: Final = 64  # threads of a node that serve bulk connections
+DISK_THREADS: Final = 4  # of a node's control side
+DOCUMENT_BATCHES_AT_ONCE: Final = 2  # batches of documents that a node reads or writes at a time
+DOCUMENTS_PER_REPLY_BYTES: Final = 4 * MIB  # the first document of a reply may be larger
+HEADERS_PER_PAGE: Final = 2048

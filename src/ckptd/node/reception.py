@@ -1,0 +1,335 @@
+"""Taking in one shard, and passing it on while it comes in.
+
+The connection's own thread receives, hashes and writes; a second one forwards to the next node. It
+reads the bytes back behind the writer, from the page cache: it shares no buffer with the receiver,
+so that a slow next node delays only its own copy.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import structlog
+
+from ckptd.core import limits
+from ckptd.errors import CkptdError, LimitExceeded, PeerError, ProtocolError
+from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender, stall_timeout_s
+from ckptd.node.traffic import Traffic
+from ckptd.store.shard_io import IncomingShard, ShardReader
+from ckptd.store.shards import ShardStore
+from ckptd.wire import messages
+from ckptd.wire.messages import CopyReport, Hop
+
+_log = structlog.get_logger(__name__)
+
+
+def failed_report(node: str, error: CkptdError, received: int = 0) -> CopyReport:
+    """What a node of the chain says when it did not store its copy."""
+    state = "busy" if error.kind == "peer_busy" else "failed"
+    return CopyReport(node, state, received, error.kind, error.message[:8000])
+
+
+class _Commit:
+    """Makes a complete shard durable in a thread of its own, so that the connection's thread can
+    report progress while the disk flushes."""
+
+    def __init__(self, incoming: IncomingShard) -> None:
+        self._incoming = incoming
+        self.error: CkptdError | None = None
+        self.seconds = 0.0
+        self._thread = threading.Thread(target=self._run, name="shard commit", daemon=True)
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Waits for the end of the commit; whether it has come."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        started_s = time.monotonic()
+        try:
+            self._incoming.commit()
+        except CkptdError as error:
+            self.error = error
+        except Exception as error:  # the edge of this thread: the copy failed, the node goes on
+            _log.exception("shard_not_stored", shard=self._incoming.digest.hex())
+            self.error = CkptdError(f"storing a shard failed: {error}")
+        self.seconds = time.monotonic() - started_s
+
+
+class _BehindWriter:
+    """A shard that is still coming in, read from the page cache as far as it is written."""
+
+    def __init__(self, incoming: IncomingShard, timeout_s: float) -> None:
+        self._incoming = incoming
+        self._reader = incoming.reader()
+        self._timeout_s = timeout_s
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """As ShardSource. Raises CkptdError when the shard will never be complete."""
+        written = self._incoming.wait_written(offset, self._timeout_s)
+        if written <= offset:
+            raise CkptdError("the shard did not come in completely")
+        return self._reader.read_into(buffer[: written - offset], offset)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+class _Forwarder:
+    """Sends the shard on to the rest of the chain, in a thread of its own."""
+
+    def __init__(
+        self,
+        connector: BulkConnector,
+        request: messages.PutShard,
+        hop: int,
+        traffic: Traffic,
+    ) -> None:
+        self._connector = connector
+        self._target: Hop = request.chain[0]
+        self._request = messages.PutShard(request.shard, request.size, request.chain[1:])
+        self._hop = hop
+        self._traffic = traffic
+        self._channel: BulkChannel | None = None
+        self._sender: ShardSender | None = None
+        self._error: CkptdError | None = None
+        self._thread: threading.Thread | None = None
+
+    def negotiate(self) -> None:
+        """Asks the next node; a refusal or no answer leaves it out of the chain."""
+        target = self._target
+        try:
+            self._channel = self._connector.acquire(
+                target.node, target.host, target.port, hop=self._hop
+            )
+            self._sender = ShardSender(self._channel, self._request, hop=self._hop)
+            self._sender.negotiate()
+        except CkptdError as error:
+            self._fail(error)
+
+    def start(self, source: ShardReader | _BehindWriter) -> None:
+        """Begins to send, or to wait for the end of what the rest of the chain does without.
+        Closes `source` at the end."""
+        if self._error is not None:
+            source.close()
+            return
+        self._thread = threading.Thread(
+            target=self._run, args=(source,), name="shard forwarder", daemon=True
+        )
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> bool:
+        """Waits for the rest of the chain; whether it has ended."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+            return not self._thread.is_alive()
+        return True
+
+    def cancel(self) -> None:
+        """Drops the connection to the next node, which then discards what it has."""
+        if self._channel is not None:
+            self._channel.close()
+
+    def reports(self) -> tuple[CopyReport, ...]:
+        """What is known of the rest of the chain."""
+        known = dict(self._sender.reports) if self._sender is not None else {}
+        if self._error is not None:
+            culprit = self._error.node if isinstance(self._error, PeerError) else self._target.node
+            for hop in (self._target, *self._request.chain):
+                report = known.get(hop.node)
+                if report is None or report.state == "receiving" or hop.node == culprit:
+                    received = report.received_bytes if report else 0
+                    known[hop.node] = failed_report(hop.node, self._error, received)
+        return tuple(known.values())
+
+    def _run(self, source: ShardReader | _BehindWriter) -> None:
+        assert self._sender is not None and self._channel is not None
+        started_s = time.monotonic()
+        target = self._target
+        try:
+            self._sender.send(source, memoryview(bytearray(limits.BULK_BUFFER_BYTES)))
+            seconds = time.monotonic() - started_s
+            self._traffic.sent(target.node, self._sender.sent_bytes, seconds)
+        except CkptdError as error:
+            self._fail(error)
+        except Exception as error:  # the edge of this thread: the copy failed, the node goes on
+            _log.exception("forwarding_failed", node=target.node)
+            self._fail(CkptdError(f"{target.node}: forwarding failed: {error}"))
+        finally:
+            source.close()
+            self._connector.release(
+                target.node, target.host, target.port, self._channel, hop=self._hop
+            )
+
+    def _fail(self, error: CkptdError) -> None:
+        self._error = error
+        self._traffic.error(error.kind)
+        _log.warning("chain_broken", node=self._target.node, reason=error.message)
+        if self._channel is not None:
+            self._channel.close()
+
+
+class Reception:
+    """One PutShard from its request to its result."""
+
+    def __init__(
+        self,
+        channel: BulkChannel,
+        request: messages.PutShard,
+        *,
+        hop: int,
+        node_id: str,
+        store: ShardStore,
+        connector: BulkConnector,
+        traffic: Traffic,
+    ) -> None:
+        self._channel = channel
+        self._request = request
+        self._hop = hop
+        self._node_id = node_id
+        self._store = store
+        self._traffic = traffic
+        self._connector = connector
+        self._received = 0
+        self._disk_s = 0.0
+        self._error: CkptdError | None = None
+        self._told_s = time.monotonic()
+
+    def run(self) -> None:
+        """Answers the request. Raises PeerError when the sender fails, after cleaning up."""
+        request = self._request
+        if self._store.has(request.shard, request.size):
+            self._pass_on_present()
+            return
+        try:
+            incoming = self._store.begin(request.shard, request.size)
+        except CkptdError as error:
+            self._fail(error)
+            report = failed_report(self._node_id, error)
+            self._channel.send(messages.Ready(False, (report,)))
+            self._channel.send(messages.PutResult((report,)))
+            return
+        self._traffic.expect(request.size)
+        try:
+            self._take_in(incoming)
+        finally:
+            self._traffic.expect(-request.size)
+
+    def _pass_on_present(self) -> None:
+        """The shard is here: at most the rest of the chain needs it, from this copy."""
+        forwarder = self._forwarder()
+        own = CopyReport(self._node_id, "present", self._request.size)
+        rest = forwarder.reports() if forwarder else ()
+        self._channel.send(messages.Ready(False, (own, *rest)))
+        if forwarder is not None:
+            forwarder.start(self._store.open_read(self._request.shard))
+            try:
+                while not forwarder.join(limits.PROGRESS_INTERVAL_S):
+                    self._channel.send(messages.Progress((own, *forwarder.reports())))
+            except PeerError:
+                forwarder.cancel()
+                raise
+            rest = forwarder.reports()
+        self._channel.send(messages.PutResult((own, *rest)))
+
+    def _forwarder(self) -> _Forwarder | None:
+        """What passes the shard on, after it has asked the next node; None at the chain's end."""
+        if not self._request.chain:
+            return None
+        hop = self._hop + 1
+        if hop > limits.CHAIN_HOPS_MAX:
+            raise LimitExceeded(self._channel.peer, f"asked for hop {hop} of a chain")
+        forwarder = _Forwarder(self._connector, self._request, hop, self._traffic)
+        forwarder.negotiate()
+        return forwarder
+
+    def _take_in(self, incoming: IncomingShard) -> None:
+        started_s = time.monotonic()
+        forwarder: _Forwarder | None = None
+        try:
+            forwarder = self._forwarder()
+            rest = forwarder.reports() if forwarder else ()
+            self._channel.send(messages.Ready(True, rest))
+            self._expect_payload()
+            if forwarder is not None:
+                forwarder.start(_BehindWriter(incoming, stall_timeout_s(self._hop)))
+            self._receive_payload(incoming, forwarder)
+            if self._error is None:
+                self._commit(incoming, forwarder)
+            while forwarder is not None and not forwarder.join(limits.PROGRESS_INTERVAL_S):
+                self._tell(incoming, forwarder)
+        except BaseException:
+            incoming.abort()
+            if forwarder is not None:
+                forwarder.cancel()
+            raise
+        self._traffic.received(self._channel.peer, self._received, time.monotonic() - started_s)
+        self._channel.send(messages.PutResult(self._reports(incoming, forwarder)))
+
+    def _expect_payload(self) -> None:
+        header, data = self._channel.receive()
+        if not isinstance(data, messages.ShardData) or data.shard != self._request.shard:
+            raise ProtocolError(self._channel.peer, "sent something else than the shard")
+        if header.payload_bytes != self._request.size:
+            raise ProtocolError(
+                self._channel.peer,
+                f"announced {self._request.size} bytes and sends {header.payload_bytes}",
+            )
+
+    def _receive_payload(self, incoming: IncomingShard, forwarder: _Forwarder | None) -> None:
+        """Receives, hashes and writes until all bytes are here or the disk refuses; then the
+        connection is given up, because what is still under way has nowhere to go."""
+        size = self._request.size
+        buffer = memoryview(bytearray(limits.BULK_BUFFER_BYTES))
+        while self._received < size:
+            wanted = min(len(buffer), size - self._received)
+            filled = 0
+            while filled < wanted:
+                filled += self._channel.receive_payload(buffer[filled:wanted])
+            self._received += filled
+            started_s = time.monotonic()
+            try:
+                incoming.write(buffer[:filled])
+            except CkptdError as error:
+                self._fail(error)
+                self._channel.broken = True
+                return
+            self._disk_s += time.monotonic() - started_s
+            self._tell(incoming, forwarder)
+
+    def _commit(self, incoming: IncomingShard, forwarder: _Forwarder | None) -> None:
+        commit = _Commit(incoming)
+        while not commit.join(limits.PROGRESS_INTERVAL_S):
+            self._tell(incoming, forwarder)
+        if commit.error is not None:
+            self._fail(commit.error)
+        else:
+            self._traffic.written(self._request.size, self._disk_s + commit.seconds)
+
+    def _fail(self, error: CkptdError) -> None:
+        self._error = error
+        self._traffic.store_error(error.kind)
+        _log.warning(
+            "shard_not_stored",
+            shard=self._request.shard.hex(),
+            peer=self._channel.peer,
+            reason=error.message,
+        )
+
+    def _tell(self, incoming: IncomingShard, forwarder: _Forwarder | None) -> None:
+        now_s = time.monotonic()
+        if now_s - self._told_s >= limits.PROGRESS_INTERVAL_S:
+            self._told_s = now_s
+            self._channel.send(messages.Progress(self._reports(incoming, forwarder)))
+
+    def _reports(
+        self, incoming: IncomingShard, forwarder: _Forwarder | None
+    ) -> tuple[CopyReport, ...]:
+        if self._error is not None:
+            own = failed_report(self._node_id, self._error, self._received)
+        else:
+            state = "durable" if incoming.committed else "receiving"
+            own = CopyReport(self._node_id, state, self._received)
+        return (own, *(forwarder.reports() if forwarder else ()))

@@ -1,0 +1,96 @@
+"""The documents of a node: durable on disk, as headers in memory, admitted only when signed."""
+
+from __future__ import annotations
+
+import threading
+
+import msgspec
+import structlog
+from cryptography import x509
+
+from ckptd.core import bitmaps
+from ckptd.core.admission import admit
+from ckptd.core.catalogue import Catalogue
+from ckptd.core.documents import Manifest, ShardReference
+from ckptd.core.signing import Signer
+from ckptd.errors import DocumentRefused, IntegrityError
+from ckptd.store.documents import DocumentFiles
+from ckptd.store.shards import ShardStore
+
+_log = structlog.get_logger(__name__)
+
+
+class _ManifestShards(msgspec.Struct, frozen=True):
+    """The one field of a manifest that an inventory needs."""
+
+    shards: tuple[ShardReference, ...]
+
+
+_shards_decoder = msgspec.json.Decoder(_ManifestShards)
+
+
+class Records:
+    """All documents that this node knows. Thread-safe; the methods block on the disk."""
+
+    def __init__(self, files: DocumentFiles, *, cluster: str, ca: x509.Certificate) -> None:
+        self._files = files
+        self._cluster = cluster
+        self._ca = ca
+        self._lock = threading.Lock()
+        self.catalogue = Catalogue(cluster)
+        self.unreadable: list[str] = []
+
+    def load(self) -> None:
+        """Reads all documents once, at start. What cannot be admitted any more is left on the
+        disk and listed in `unreadable`."""
+        for document_id in self._files.ids():
+            try:
+                raw, signature = self._files.get(document_id)
+                _, document, author = admit(raw, signature, cluster=self._cluster, ca=self._ca)
+            except (DocumentRefused, IntegrityError) as error:
+                self.unreadable.append(document_id)
+                _log.error("document_unreadable", document=document_id, reason=error.message)
+                continue
+            self.catalogue.add(document_id, document, author=author)
+
+    def put(self, raw: bytes, signature: bytes) -> str:
+        """Admits a document and makes it durable; returns its id. Raises DocumentRefused, NoRoom
+        or MediumFailed. A document that is here already is confirmed as it is."""
+        document_id, document, author = admit(raw, signature, cluster=self._cluster, ca=self._ca)
+        with self._lock:
+            if document_id in self.catalogue:
+                return document_id
+        self._files.put(document_id, raw, signature)
+        with self._lock:
+            if self.catalogue.add(document_id, document, author=author):
+                kind = type(document).__name__.lower()
+                name = document.name if isinstance(document, Manifest) else None
+                _log.info("document_stored", kind=kind, document=document_id, name=name)
+        return document_id
+
+    def write(self, raw: bytes, signer: Signer) -> str:
+        """Signs and keeps a document of this node's own."""
+        return self.put(raw, signer.sign(raw))
+
+    def get(self, document_id: str) -> tuple[bytes, bytes] | None:
+        """A document and its signature, or None when it is not here (or no longer whole)."""
+        if document_id not in self.catalogue:
+            return None
+        try:
+            return self._files.get(document_id)
+        except IntegrityError as error:
+            _log.error("document_corrupt", document=document_id, reason=error.message)
+            return None
+
+    def bitmap(self, version_id: str, shards: ShardStore) -> bytes | None:
+        """Which shards of a version are on this node; None when its manifest is not."""
+        header = self.catalogue.version(version_id)
+        if header is None:
+            return None
+        found = self.get(version_id)
+        if found is None:
+            return None
+        references = _shards_decoder.decode(found[0]).shards
+        return bitmaps.pack(
+            shards.has(bytes.fromhex(reference.shard), reference.size) for reference in references
+        )

@@ -1,0 +1,233 @@
+"""The control side of a node: one handler for each kind of request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final, TypeVar
+
+import structlog
+
+from ckptd.core import bitmaps, limits
+from ckptd.core.catalogue import DocumentHeader, VersionHeader
+from ckptd.core.identity import Identity
+from ckptd.core.permissions import Action, may
+from ckptd.errors import CkptdError, DocumentRefused, NotAuthorized
+from ckptd.net.control import Answer, Payload, Progress
+from ckptd.node.records import Records
+from ckptd.observe.metrics import Metrics
+from ckptd.store.shards import ShardStore, VerifyResult
+from ckptd.wire import messages
+from ckptd.wire.messages import Message
+
+_log = structlog.get_logger(__name__)
+_T = TypeVar("_T")
+
+_ACTIONS: Final[dict[type[Message], Action]] = {
+    messages.Ping: Action.PING,
+    messages.GetStatus: Action.STATUS,
+    messages.Have: Action.HAVE,
+    messages.Inventory: Action.INVENTORY,
+    messages.ListDocuments: Action.LIST_HEADERS,
+    messages.GetDocuments: Action.GET_DOCUMENTS,
+    messages.PutDocuments: Action.PUT_DOCUMENTS,
+    messages.Sync: Action.SYNC,
+    messages.Verify: Action.VERIFY,
+    messages.ReportCorrupt: Action.REPORT_CORRUPT,
+}
+
+
+def wire_header(header: DocumentHeader) -> messages.DocumentHeader:
+    """A catalogue's header as it travels."""
+    if isinstance(header, VersionHeader):
+        return messages.DocumentHeader(
+            bytes.fromhex(header.id),
+            header.kind,
+            header.order,
+            name=header.name,
+            created=header.created,
+            content_id=bytes.fromhex(header.content_id),
+            size=header.size,
+            files=header.files,
+            shards=header.shards,
+            copies=header.copies,
+            step=header.step,
+            metrics=header.metrics,
+        )
+    return messages.DocumentHeader(
+        bytes.fromhex(header.id), header.kind, header.order, created=header.created
+    )
+
+
+class Requests:
+    """Answers control requests. What touches the disk runs in a bounded pool of threads."""
+
+    def __init__(
+        self,
+        *,
+        records: Records,
+        shards: ShardStore,
+        metrics: Metrics,
+        status: Callable[[], messages.NodeStatus],
+    ) -> None:
+        self._records = records
+        self._shards = shards
+        self._metrics = metrics
+        self._status = status
+        self._disk = ThreadPoolExecutor(limits.DISK_THREADS, thread_name_prefix="disk")
+        self._documents = asyncio.Semaphore(limits.DOCUMENT_BATCHES_AT_ONCE)
+        self._handlers: dict[
+            type[Message], Callable[[Any, Payload, Progress], Awaitable[Answer]]
+        ] = {
+            messages.Ping: self._get_status,
+            messages.GetStatus: self._get_status,
+            messages.Have: self._have,
+            messages.Inventory: self._inventory,
+            messages.ListDocuments: self._list_documents,
+            messages.GetDocuments: self._get_documents,
+            messages.PutDocuments: self._put_documents,
+            messages.Sync: self._sync,
+            messages.Verify: self._verify,
+            messages.ReportCorrupt: self._report_corrupt,
+        }
+
+    def close(self) -> None:
+        """Waits for the disk's threads."""
+        self._disk.shutdown(wait=True, cancel_futures=True)
+
+    async def answer(
+        self, identity: Identity, message: Message, payload: Payload, progress: Progress
+    ) -> Answer:
+        """The handler of a ControlServer. Raises NotAuthorized before anything is looked at."""
+        action = _ACTIONS.get(type(message))
+        if action is None or not may(identity.roles, action):
+            what = action.value.replace("_", " ") if action else type(message).__name__
+            _log.warning("request_refused", peer=identity.node_id, request=what)
+            raise NotAuthorized(f"{identity} may not {what} here")
+        return await self._handlers[type(message)](message, payload, progress)
+
+    async def on_disk(self, work: Callable[[], _T]) -> _T:
+        """Runs `work` in the pool."""
+        return await asyncio.get_running_loop().run_in_executor(self._disk, work)
+
+    async def suspect(self, shard: bytes) -> VerifyResult:
+        """Re-reads a copy that somebody found bad, and tells the metrics."""
+        result = await self.on_disk(partial(self._shards.verify, shard))
+        self._note_result(shard, result)
+        return result
+
+    def _note_result(self, shard: bytes, result: VerifyResult) -> None:
+        if result is VerifyResult.CORRUPT:
+            self._metrics.shard_corrupt()
+            _log.error(
+                "shard_corrupt", shard=shard.hex(), next="ckptd verify --all shows all bad copies"
+            )
+
+    async def _get_status(self, _: Message, __: Payload, ___: Progress) -> Answer:
+        return self._status(), b""
+
+    async def _have(self, request: messages.Have, _: Payload, __: Progress) -> Answer:
+        now = time.time()
+
+        def look() -> messages.HaveReply:
+            held, ages = [], []
+            for shard in request.shards:
+                here = self._shards.has(shard)
+                if here and request.touch:
+                    here = self._shards.touch(shard, now)
+                held.append(here)
+                verified_at = self._shards.verified_at(shard) if here else None
+                ages.append(-1.0 if verified_at is None else max(0.0, now - verified_at))
+            return messages.HaveReply(bitmaps.pack(held), tuple(ages))
+
+        return await self.on_disk(look), b""
+
+    async def _inventory(self, request: messages.Inventory, _: Payload, __: Progress) -> Answer:
+        def look() -> messages.InventoryReply:
+            return messages.InventoryReply(
+                tuple(
+                    self._records.bitmap(version.hex(), self._shards)
+                    for version in request.versions
+                )
+            )
+
+        return await self.on_disk(look), b""
+
+    async def _list_documents(
+        self, request: messages.ListDocuments, _: Payload, __: Progress
+    ) -> Answer:
+        headers, more = self._records.catalogue.headers_after(
+            request.after.hex(), limits.HEADERS_PER_PAGE
+        )
+        return messages.DocumentHeaders(tuple(map(wire_header, headers)), more), b""
+
+    async def _get_documents(
+        self, request: messages.GetDocuments, _: Payload, __: Progress
+    ) -> Answer:
+        def read() -> tuple[messages.Documents, bytes]:
+            found: list[messages.SignedDocument] = []
+            missing: list[bytes] = []
+            size = 0
+            for document_id in request.ids:
+                signed = self._records.get(document_id.hex())
+                if signed is None:
+                    missing.append(document_id)
+                    continue
+                size += len(signed[0]) + len(signed[1])
+                if found and size > limits.DOCUMENTS_PER_REPLY_BYTES:
+                    break
+                found.append(messages.SignedDocument(*signed))
+            payload = messages.encode_documents(tuple(found))
+            return messages.Documents(len(found), tuple(missing)), payload
+
+        async with self._documents:
+            return await self.on_disk(read)
+
+    async def _put_documents(
+        self, request: messages.PutDocuments, payload: Payload, _: Progress
+    ) -> Answer:
+        documents = messages.decode_documents(memoryview(payload), peer="peer")
+        results = []
+        async with self._documents:
+            for signed in documents:
+                results.append(await self.on_disk(partial(self._put_one, signed)))
+        return messages.PutDocumentsReply(tuple(results)), b""
+
+    def _put_one(self, signed: messages.SignedDocument) -> messages.PutDocumentResult:
+        try:
+            document_id = self._records.put(signed.document, signed.signature)
+        except DocumentRefused as error:
+            _log.warning("document_refused", reason=error.message)
+            return messages.PutDocumentResult(bytes(32), refused=error.message[:8000])
+        except CkptdError as error:
+            self._metrics.store_failure(error.kind)
+            return messages.PutDocumentResult(bytes(32), refused=error.message[:8000])
+        bitmap = self._records.bitmap(document_id, self._shards)
+        return messages.PutDocumentResult(bytes.fromhex(document_id), bitmap=bitmap)
+
+    async def _sync(self, request: messages.Sync, _: Payload, __: Progress) -> Answer:
+        catalogue = self._records.catalogue
+        if request.documents_digest == catalogue.digest():
+            return messages.SyncReply(True, len(catalogue)), b""
+        return messages.SyncReply(False, len(catalogue)), catalogue.packed_ids()
+
+    async def _verify(self, request: messages.Verify, _: Payload, progress: Progress) -> Answer:
+        results = []
+        told_s = time.monotonic()
+        for shard in request.shards:
+            verifying = asyncio.ensure_future(self.suspect(shard))
+            while not verifying.done():
+                await asyncio.wait([verifying], timeout=limits.PROGRESS_INTERVAL_S)
+                if time.monotonic() - told_s >= limits.PROGRESS_INTERVAL_S:
+                    told_s = time.monotonic()
+                    progress(messages.Progress(()))
+            results.append(verifying.result().value)
+        return messages.VerifyReply(tuple(results)), b""
+
+    async def _report_corrupt(
+        self, request: messages.ReportCorrupt, _: Payload, progress: Progress
+    ) -> Answer:
+        return await self._verify(messages.Verify((request.shard,)), b"", progress)
