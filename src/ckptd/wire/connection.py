@@ -231,9 +231,9 @@ class Connection:
         if header.request_id == _CONNECTION_ID:
             if kind is Error or (kind is Hello and not self._hello_received):
                 return
-            raise ProtocolError(self.peer, f"sent a {kind.__name__} without a request id")
+            raise ProtocolError(self.peer, f"sent {kind.__name__} without a request id")
         if not self._hello_received:
-            raise ProtocolError(self.peer, f"sent a {kind.__name__} before it said hello")
+            raise ProtocolError(self.peer, f"sent {kind.__name__} before it said hello")
         if self.side == "server":
             self._check_request(header, kind)
         else:
@@ -241,7 +241,7 @@ class Connection:
 
     def _check_request(self, header: frames.FrameHeader, kind: type[Message]) -> None:
         if kind not in exchanges.REQUESTS:
-            raise ProtocolError(self.peer, f"sent a {kind.__name__}, which is no request")
+            raise ProtocolError(self.peer, f"sent {kind.__name__}, which is no request")
         if header.request_id in self._requests:
             raise ProtocolError(self.peer, f"used request id {header.request_id} twice")
         if len(self._requests) >= limits.CONTROL_REQUESTS_MAX:
@@ -257,9 +257,7 @@ class Connection:
                 self.peer, f"answered request {header.request_id}, which nobody waits for"
             )
         if not _answers(kind, request.kind):
-            raise ProtocolError(
-                self.peer, f"answered a {request.kind.__name__} with a {kind.__name__}"
-            )
+            raise ProtocolError(self.peer, f"answered {request.kind.__name__} with {kind.__name__}")
         if header.hop:
             raise ProtocolError(self.peer, f"answered with hop {header.hop}")
 

@@ -92,19 +92,19 @@ def check_header(header: frames.FrameHeader, channel: Channel, *, peer: str) -> 
     kind = messages.type_of(header.type, peer=peer)
     if not channel_of(kind) & channel:
         raise ProtocolError(
-            peer, f"sent a {kind.__name__} on a {str(channel.name).lower()} connection"
+            peer, f"sent {kind.__name__} on a {str(channel.name).lower()} connection"
         )
     if header.body_bytes > body_limit(kind):
         raise LimitExceeded(
             peer,
-            f"announced a {kind.__name__} of {header.body_bytes} bytes, "
+            f"announced {kind.__name__} of {header.body_bytes} bytes, "
             f"over the limit of {body_limit(kind)}",
         )
     payload_limit = PAYLOADS_MAX_BYTES.get(kind, 0)
     if header.payload_bytes > payload_limit:
         raise LimitExceeded(
             peer,
-            f"announced a payload of {header.payload_bytes} bytes after a {kind.__name__}, "
+            f"announced a payload of {header.payload_bytes} bytes after {kind.__name__}, "
             f"over the limit of {payload_limit}",
         )
     return kind

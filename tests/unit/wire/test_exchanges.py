@@ -78,9 +78,9 @@ def test_the_largest_counts_fit_into_a_body(message: Message) -> None:
 
 
 def test_the_wrong_channel_is_refused() -> None:
-    with pytest.raises(ProtocolError, match="sent a PutShard on a control connection"):
+    with pytest.raises(ProtocolError, match="sent PutShard on a control connection"):
         exchanges.check_header(header_of(messages.PutShard), Channel.CONTROL, peer="pi1")
-    with pytest.raises(ProtocolError, match="sent a Have on a bulk connection"):
+    with pytest.raises(ProtocolError, match="sent Have on a bulk connection"):
         exchanges.check_header(header_of(messages.Have), Channel.BULK, peer="pi1")
 
 
