@@ -121,3 +121,5 @@ DISK_THREADS: Final = 4  # of a node's control side
 DOCUMENT_BATCHES_AT_ONCE: Final = 2  # batches of documents that a node reads or writes at a time
 DOCUMENTS_PER_REPLY_BYTES: Final = 4 * MIB  # the first document of a reply may be larger
 HEADERS_PER_PAGE: Final = 2048
+RECONNECT_MAX_S: Final = 10.0  # between two tries to reach a peer that does not answer
+DOCUMENTS_PER_SYNC: Final = 256
