@@ -123,3 +123,5 @@ DOCUMENTS_PER_REPLY_BYTES: Final = 4 * MIB  # the first document of a reply may 
 HEADERS_PER_PAGE: Final = 2048
 RECONNECT_MAX_S: Final = 10.0  # between two tries to reach a peer that does not answer
 DOCUMENTS_PER_SYNC: Final = 256
+VERSIONS_PER_QUESTION: Final = 256
+SHARDS_PER_QUESTION: Final = 4096
