@@ -1,0 +1,454 @@
+"""A client's view of the cluster: which nodes answer, what they know, who is missing.
+
+A client keeps no state: everything is asked anew, from as many nodes as answer. Nodes are found
+from the config's peers and from what each of them remembers of the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import structlog
+from cryptography import x509
+
+from ckptd import __version__
+from ckptd.config import Config
+from ckptd.core import bitmaps, limits
+from ckptd.core.admission import admit
+from ckptd.core.catalogue import Catalogue, VersionHeader
+from ckptd.core.documents import Document, Manifest, UnknownDocument
+from ckptd.core.identity import Identity, load_ca
+from ckptd.core.quantities import Address, parse_address
+from ckptd.core.signing import Signer
+from ckptd.errors import CkptdError, DocumentRefused, NotEnoughNodes, NotFound
+from ckptd.net.bulk import BulkConnector
+from ckptd.net.control import ControlClient, connect_control
+from ckptd.net.tls import check_peer, client_context
+from ckptd.wire import messages
+
+_log = structlog.get_logger(__name__)
+_T = TypeVar("_T")
+
+
+@dataclass
+class Node:
+    """One node that answers."""
+
+    id: str
+    control: ControlClient
+    host: str
+    bulk_port: int
+    status: messages.NodeStatus
+
+    @property
+    def hello(self) -> messages.Hello:
+        return self.control.hello
+
+    @property
+    def machine(self) -> str:
+        """What tells machines apart: the kernel's boot id, unless zones differ."""
+        return f"{self.hello.boot_id}/{self.hello.zone}" if self.hello.boot_id else self.id
+
+    @property
+    def hop(self) -> messages.Hop:
+        """Where its bulk port is."""
+        return messages.Hop(self.id, self.host, self.bulk_port)
+
+
+@dataclass
+class AbsentNode:
+    """A node that is remembered (or configured) and does not answer. `id` is "" while unknown."""
+
+    id: str
+    address: str
+    reason: str
+    last_seen_s: float | None = None
+    roles: tuple[str, ...] = ()
+    zone: str = ""
+
+
+@dataclass
+class Cluster:
+    """Connections to all nodes that answer. Made by `connect`."""
+
+    config: Config
+    identity: Identity
+    signer: Signer
+    bulk: BulkConnector
+    nodes: dict[str, Node]
+    absent: dict[str, AbsentNode]
+    ca: x509.Certificate = field(repr=False)
+
+    @property
+    def cluster(self) -> str:
+        return self.config.cluster
+
+    @property
+    def workers(self) -> list[Node]:
+        """Nodes that keep shards and can do so now, by id."""
+        return sorted(
+            (
+                node
+                for node in self.nodes.values()
+                if "worker" in node.hello.roles and node.status.state != "failed"
+            ),
+            key=lambda node: node.id,
+        )
+
+    @property
+    def all_answered(self) -> bool:
+        """Whether every remembered worker answered, so that what nobody has is nowhere."""
+        return not self.absent and len(self.workers) == len(self.nodes)
+
+    def require_nodes(self) -> None:
+        """Raises NotEnoughNodes when no worker answers."""
+        if not self.workers:
+            details = "; ".join(
+                f"{absent.id or absent.address}: {absent.reason}" for absent in self.absent.values()
+            )
+            raise NotEnoughNodes(
+                f"no node of cluster {self.cluster} answers ({details or 'no peers are known'})",
+                next="ckptd doctor",
+            )
+
+    async def ask_all(
+        self, question: Callable[[Node], Awaitable[_T]], nodes: Iterable[Node] | None = None
+    ) -> dict[str, _T]:
+        """Asks all workers (or `nodes`) at once; the answers by node id. A node that fails while
+        it is asked becomes absent."""
+        asked = list(self.workers if nodes is None else nodes)
+        answers = await asyncio.gather(*(question(node) for node in asked), return_exceptions=True)
+        found: dict[str, _T] = {}
+        for node, answer in zip(asked, answers, strict=True):
+            if isinstance(answer, CkptdError):
+                self.lose(node, answer)
+            elif isinstance(answer, BaseException):
+                raise answer
+            else:
+                found[node.id] = answer
+        return found
+
+    def lose(self, node: Node, error: CkptdError) -> None:
+        """Notes that a node no longer answers."""
+        if self.nodes.pop(node.id, None) is not None:
+            _log.info("node_lost", node=node.id, reason=error.message)
+            self.absent[node.id] = AbsentNode(
+                node.id, node.control.address, error.message, 0.0, node.hello.roles, node.hello.zone
+            )
+
+    async def refresh(self) -> None:
+        """Asks every node for its state again."""
+
+        async def ask(node: Node) -> messages.NodeStatus:
+            status, _ = await node.control.request(messages.GetStatus(), messages.NodeStatus)
+            return status
+
+        for node_id, status in (await self.ask_all(ask, list(self.nodes.values()))).items():
+            self.nodes[node_id].status = status
+
+    # -- documents
+
+    async def headers(self) -> dict[str, messages.DocumentHeader]:
+        """The headers of all documents that any node knows, by id."""
+
+        async def ask(node: Node) -> list[messages.DocumentHeader]:
+            found: list[messages.DocumentHeader] = []
+            more, after = True, b""
+            while more and len(found) < limits.CATALOGUE_DOCUMENTS_MAX:
+                page, _ = await node.control.request(
+                    messages.ListDocuments(after), messages.DocumentHeaders
+                )
+                found.extend(page.headers)
+                more = page.more and bool(page.headers)
+                after = page.headers[-1].id if page.headers else b""
+            return found
+
+        merged: dict[str, messages.DocumentHeader] = {}
+        for headers in (await self._ask_distinct_catalogues(ask)).values():
+            for header in headers:
+                merged.setdefault(header.id.hex(), header)
+        return merged
+
+    async def _ask_distinct_catalogues(
+        self, question: Callable[[Node], Awaitable[_T]]
+    ) -> dict[str, _T]:
+        """Asks one node of each distinct catalogue (nodes with equal digests know the same)."""
+        distinct: dict[bytes, Node] = {}
+        for node in self.workers:
+            distinct.setdefault(node.status.documents_digest, node)
+        return await self.ask_all(question, distinct.values())
+
+    async def signed(self, document_id: str) -> messages.SignedDocument:
+        """A signed document from any node that has it whole. Raises NotFound."""
+        raw_id = bytes.fromhex(document_id)
+        for node in self.workers:
+            try:
+                _, payload = await node.control.request(
+                    messages.GetDocuments((raw_id,)), messages.Documents
+                )
+            except CkptdError as error:
+                self.lose(node, error)
+                continue
+            for signed in messages.decode_documents(memoryview(payload), peer=node.id):
+                try:
+                    found, _, _ = self.admit(signed)
+                except DocumentRefused as error:
+                    _log.warning("document_refused", node=node.id, reason=error.message)
+                    continue
+                if found == document_id:
+                    return signed
+        raise NotFound(f"no node that answers has document {document_id}", next="ckptd status")
+
+    def admit(
+        self, signed: messages.SignedDocument
+    ) -> tuple[str, Document | UnknownDocument, Identity]:
+        """As `ckptd.core.admission.admit`, in this cluster."""
+        return admit(signed.document, signed.signature, cluster=self.cluster, ca=self.ca)
+
+    async def manifest(self, version_id: str) -> Manifest:
+        """The manifest of a version: hash, signature and author checked. Raises NotFound."""
+        document = self.admit(await self.signed(version_id))[1]
+        if not isinstance(document, Manifest):
+            raise NotFound(f"document {version_id} is no manifest", next="ckptd ls")
+        return document
+
+    async def catalogue(self) -> Catalogue:
+        """What the nodes that answer know: tombstones, marks and members fetched and checked one
+        by one, manifests as headers (their bodies are checked when they are used)."""
+        self.require_nodes()
+        merged = await self.headers()
+        catalogue = Catalogue(self.cluster)
+        small = [key for key, header in merged.items() if header.kind != "manifest"]
+        for signed in await self._fetch(small):
+            try:
+                document_id, document, author = self.admit(signed)
+            except DocumentRefused as error:
+                _log.warning("document_refused", reason=error.message)
+                continue
+            catalogue.add(document_id, document, author=author)
+        for key, header in merged.items():
+            if header.kind == "manifest":
+                catalogue.add_unverified(_version_header(key, header))
+        return catalogue
+
+    async def _fetch(self, wanted: list[str]) -> list[messages.SignedDocument]:
+        """The signed documents with these ids, from whichever nodes have them."""
+        left = dict.fromkeys(wanted)
+        found: list[messages.SignedDocument] = []
+        for node in self.workers:
+            todo = list(left)
+            while todo:
+                batch, todo = todo[: limits.DOCUMENTS_PER_SYNC], todo[limits.DOCUMENTS_PER_SYNC :]
+                try:
+                    reply, payload = await node.control.request(
+                        messages.GetDocuments(tuple(bytes.fromhex(key) for key in batch)),
+                        messages.Documents,
+                    )
+                except CkptdError as error:
+                    self.lose(node, error)
+                    break
+                documents = messages.decode_documents(memoryview(payload), peer=node.id)
+                found.extend(documents)
+                missing = {key.hex() for key in reply.missing}
+                answered = 0
+                for key in batch:
+                    if key not in missing and answered < len(documents):
+                        left.pop(key, None)
+                        answered += 1
+                if documents and answered + len(missing) < len(batch):
+                    todo = [key for key in batch if key in left and key not in missing] + todo
+            if not left:
+                break
+        return found
+
+    # -- shards
+
+    async def bitmaps(self, versions: list[VersionHeader]) -> dict[str, dict[str, bytes | None]]:
+        """Which shards of each version are where: by version id, then by node id, a bitmap over
+        the manifest's shards, or None where the manifest is not."""
+        ids = [bytes.fromhex(version.id) for version in versions]
+
+        async def ask(node: Node) -> list[bytes | None]:
+            answers: list[bytes | None] = []
+            for start in range(0, len(ids), limits.VERSIONS_PER_QUESTION):
+                batch = tuple(ids[start : start + limits.VERSIONS_PER_QUESTION])
+                reply, _ = await node.control.request(
+                    messages.Inventory(batch), messages.InventoryReply
+                )
+                answers.extend(reply.bitmaps)
+            return answers
+
+        answers = await self.ask_all(ask)
+        return {
+            version.id: {
+                node: found[index] if index < len(found) else None
+                for node, found in answers.items()
+            }
+            for index, version in enumerate(versions)
+        }
+
+    async def holders(self, shards: list[bytes], *, touch: bool = False) -> list[dict[str, float]]:
+        """For each shard the nodes that have it, with the age in seconds of their last check of
+        its bytes (-1: not since they started)."""
+
+        async def ask(node: Node) -> list[float | None]:
+            ages: list[float | None] = []
+            for start in range(0, len(shards), limits.SHARDS_PER_QUESTION):
+                batch = tuple(shards[start : start + limits.SHARDS_PER_QUESTION])
+                reply, _ = await node.control.request(
+                    messages.Have(batch, touch), messages.HaveReply
+                )
+                held = bitmaps.unpack(reply.held, len(batch))
+                ages.extend(
+                    age if here else None
+                    for here, age in zip(
+                        held, _padded(reply.verified_age_s, len(batch)), strict=True
+                    )
+                )
+            return ages
+
+        answers = await self.ask_all(ask)
+        return [
+            {node: age for node, ages in answers.items() if (age := ages[index]) is not None}
+            for index in range(len(shards))
+        ]
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        self.bulk.close()
+        await asyncio.gather(*(node.control.close() for node in self.nodes.values()))
+
+
+def _padded(ages: tuple[float, ...], count: int) -> list[float]:
+    return [*ages[:count], *([-1.0] * (count - len(ages)))]
+
+
+def _version_header(version_id: str, header: messages.DocumentHeader) -> VersionHeader:
+    return VersionHeader(
+        id=version_id,
+        kind="manifest",
+        order=header.order,
+        created=header.created,
+        name=header.name,
+        content_id=header.content_id.hex(),
+        size=header.size,
+        files=header.files,
+        shards=header.shards,
+        copies=header.copies,
+        step=header.step,
+        metrics=header.metrics,
+    )
+
+
+@contextlib.asynccontextmanager
+async def connect(config: Config) -> AsyncIterator[Cluster]:
+    """Connects to all nodes that can be found, for the length of the context.
+
+    Nodes that do not answer are listed in `absent`; it is not an error if none does: commands
+    differ in what they need. Raises ConfigError for unusable certificates.
+    """
+    cluster = await _connect(config)
+    try:
+        yield cluster
+    finally:
+        await cluster.close()
+
+
+async def _connect(config: Config) -> Cluster:
+    tls = config.tls
+    context = client_context(tls.ca, tls.cert, tls.key)
+    signer = Signer.from_pem(tls.cert.read_bytes(), tls.key.read_bytes())
+    identity = check_peer(signer.certificate_der, cluster=config.cluster)
+    host = socket.gethostname()[:255]
+
+    def hello() -> messages.Hello:
+        return messages.Hello(
+            cluster=config.cluster,
+            node=identity.node_id,
+            roles=tuple(sorted(role.value for role in identity.roles)),
+            software=__version__,
+            clock_ms=int(time.time() * 1000),
+            highest_order=0,
+            address=host,
+        )
+
+    cluster = Cluster(
+        config=config,
+        identity=identity,
+        signer=signer,
+        bulk=BulkConnector(context, config.cluster, hello),
+        nodes={},
+        absent={},
+        ca=load_ca(tls.ca.read_bytes()),
+    )
+
+    async def reach(address: Address) -> Node:
+        control = await connect_control(
+            address.host, address.port, context=context, cluster=config.cluster, hello=hello()
+        )
+        try:
+            status, _ = await control.request(messages.GetStatus(), messages.NodeStatus)
+        except BaseException:
+            await control.close()
+            raise
+        return Node(control.node_id, control, address.host, control.hello.bulk_port, status)
+
+    own = [config.node.listen] if config.node and config.node.listen.host != "0.0.0.0" else []
+    await _reach_all(cluster, [*config.discovery.peers, *own], reach)
+    return cluster
+
+
+async def _reach_all(
+    cluster: Cluster, first: list[Address], reach: Callable[[Address], Awaitable[Node]]
+) -> None:
+    """Reaches the configured peers, then those that they remember, until nobody new turns up."""
+    tried: set[str] = set()
+    pending = {str(address): ("", address) for address in first}
+    remembered: dict[str, messages.PeerView] = {}
+    failures: dict[str, str] = {}
+    while pending:
+        batch, pending = pending, {}
+        tried.update(batch)
+        results = await asyncio.gather(
+            *(reach(address) for _, address in batch.values()), return_exceptions=True
+        )
+        for address_text, result in zip(batch, results, strict=True):
+            if isinstance(result, CkptdError):
+                failures[address_text] = result.message
+            elif isinstance(result, BaseException):
+                raise result
+            elif result.id in cluster.nodes:
+                await result.control.close()
+            else:
+                cluster.nodes[result.id] = result
+                for view in result.status.peers:
+                    best = remembered.get(view.node)
+                    if best is None or _fresher(view, best):
+                        remembered[view.node] = view
+        for view in remembered.values():
+            if view.address and view.address not in tried and view.node not in cluster.nodes:
+                with contextlib.suppress(ValueError):
+                    pending[view.address] = (view.node, parse_address(view.address))
+    for node_id, view in remembered.items():
+        if node_id not in cluster.nodes:
+            reason = failures.pop(view.address, "does not answer")
+            seen = None if view.last_seen_s < 0 else view.last_seen_s
+            cluster.absent[node_id] = AbsentNode(
+                node_id, view.address, reason, seen, view.roles, view.zone
+            )
+    known = {absent.address for absent in cluster.absent.values()}
+    for address_text, reason in failures.items():
+        if address_text not in known:
+            cluster.absent[address_text] = AbsentNode("", address_text, reason)
+
+
+def _fresher(view: messages.PeerView, other: messages.PeerView) -> bool:
+    if view.last_seen_s < 0:
+        return False
+    return other.last_seen_s < 0 or view.last_seen_s < other.last_seen_s
