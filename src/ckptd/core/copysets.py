@@ -1,0 +1,173 @@
+"""Few sets of nodes that together are nearly as fast as all of them.
+
+The more different sets of nodes hold shards, the more combinations of dead nodes lose data. So
+shards go to few sets (copysets: Cidon et al., "Copysets: Reducing the Frequency of Data Loss in
+Cloud Storage", USENIX ATC 2013): as few as need at most `SLOWDOWN_MAX` times the best time.
+
+With speeds v and k copies of each byte, the best time for one byte is the smallest t with
+sum(min(1, v_i * t)) = k, because a node takes a byte once. The same formula over free bytes gives
+the room that can be used. All functions here take speeds and rooms per group, where a group is what
+must not hold two copies: a machine, or a zone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Final, TypeAlias
+
+SLOWDOWN_MAX: Final = 1.25
+_ROUNDING: Final = 1e-9
+_PREFERRED_MAX: Final = 16  # each is tried out, so there must not be many
+
+Copyset: TypeAlias = frozenset[str]
+
+
+def attainable_room(free_bytes: Sequence[int], copies: int) -> int:
+    """The largest r with sum(min(free_i, r)) >= copies * r: bytes that fit, each `copies` times.
+
+    `free_bytes` holds one number per machine. It is the minimum, over the b largest machines set
+    aside, of what the others have divided by the copies that they must take.
+    """
+    rooms = sorted(free_bytes, reverse=True)
+    return min(sum(rooms[big:]) // (copies - big) for big in range(copies))
+
+
+def best_bytes_per_s(speeds: Sequence[float], copies: int) -> float:
+    """How fast groups of these speeds (bytes per second) can take data, `copies` times each byte.
+
+    0.0 when there are fewer groups than copies.
+    """
+    fastest = sorted(speeds, reverse=True)
+    return min(sum(fastest[big:]) / (copies - big) for big in range(copies))
+
+
+def fewest_copysets(
+    speeds: Mapping[str, float],
+    groups: Mapping[str, Hashable],
+    copies: int,
+    preferred: Sequence[Copyset] = (),
+) -> list[Copyset]:
+    """Few sets of `copies` nodes, no two of one group, within `SLOWDOWN_MAX` of the best time.
+
+    `speeds` (bytes per second, above 0) and `groups` are by node id; there are at least `copies`
+    groups. As many as possible of the sets are `preferred` ones, which hold shards already. The
+    result depends on the arguments alone, and small differences in speed rarely change it.
+    """
+    families = list(_families(speeds, groups, copies, preferred))
+    known = set(preferred)
+    return min(families, key=lambda family: (len(set(family) - known), len(family)))
+
+
+def finish_s(family: Sequence[Copyset], speeds: Mapping[str, float], count: int) -> float:
+    """Seconds until `count` bytes, each sent to the set that is done with it first, are stored."""
+    queued = dict.fromkeys(speeds, 0)
+    for _ in range(count):
+        best = min(family, key=lambda copyset: soonest(copyset, speeds, queued, 1))
+        for node in best:
+            queued[node] += 1
+    return max(queued[node] / speeds[node] for node in speeds)
+
+
+def soonest(
+    copyset: Copyset, speeds: Mapping[str, float], queued: Mapping[str, int], size_bytes: int
+) -> tuple[float, float]:
+    """When the slowest node of the set would be done with `size_bytes` more, in seconds; and the
+    sum over its nodes, which decides between sets that are done at the same time."""
+    times = [(queued[node] + size_bytes) / speeds[node] for node in copyset]
+    return max(times), sum(sorted(times))
+
+
+def _families(
+    speeds: Mapping[str, float],
+    groups: Mapping[str, Hashable],
+    copies: int,
+    preferred: Sequence[Copyset],
+) -> Iterator[list[Copyset]]:
+    """Families of sets that keep within the time. The last construction always succeeds."""
+    by_group: dict[Hashable, float] = {}
+    for node, speed in speeds.items():
+        by_group[groups[node]] = by_group.get(groups[node], 0.0) + speed
+    needed = best_bytes_per_s(list(by_group.values()), copies) / SLOWDOWN_MAX
+    usable = [s for s in preferred if s <= speeds.keys() and len({groups[n] for n in s}) == copies]
+    usable = usable[:_PREFERRED_MAX]
+    if usable:
+        left = {n: speed for n, speed in speeds.items() if not any(n in s for s in usable)}
+        for extension in ([], *_disjoint(left, groups, copies)):
+            family = [*usable, *extension]
+            if _sample_bytes_per_s(family, speeds) >= needed:
+                yield _without_spare(family, speeds, needed)
+                break
+    for family in _disjoint(speeds, groups, copies):
+        if sum(min(speeds[node] for node in copyset) for copyset in family) >= needed * (
+            1 - _ROUNDING
+        ):
+            yield family
+            break
+    yield from _overlapping(speeds, groups, copies, by_group, needed)
+
+
+def _without_spare(
+    family: list[Copyset], speeds: Mapping[str, float], needed: float
+) -> list[Copyset]:
+    """The family without sets that it can do without, the last ones going first."""
+    for copyset in reversed(family):
+        rest = [other for other in family if other != copyset]
+        if rest and _sample_bytes_per_s(rest, speeds) >= needed:
+            family = rest
+    return family
+
+
+def _sample_bytes_per_s(family: Sequence[Copyset], speeds: Mapping[str, float]) -> float:
+    count = 8 * len(family) + 24
+    return count / finish_s(family, speeds, count)
+
+
+def _disjoint(
+    speeds: Mapping[str, float], groups: Mapping[str, Hashable], copies: int
+) -> Iterator[list[Copyset]]:
+    """One set, two, three…, like speeds together: this makes the sum of the slowest largest."""
+    left = sorted(speeds, key=lambda node: (-speeds[node], node))
+    family: list[Copyset] = []
+    while True:
+        chosen: dict[Hashable, str] = {}
+        for node in left:
+            if len(chosen) < copies:
+                chosen.setdefault(groups[node], node)
+        if len(chosen) < copies:
+            return
+        family = [*family, frozenset(chosen.values())]
+        left = [node for node in left if node not in chosen.values()]
+        yield family
+
+
+def _overlapping(
+    speeds: Mapping[str, float],
+    groups: Mapping[str, Hashable],
+    copies: int,
+    by_group: Mapping[Hashable, float],
+    needed: float,
+) -> Iterator[list[Copyset]]:
+    """Families in which nodes are in several sets, by McNaughton's wrap-around rule.
+
+    A round of `slots` shards is a table of `copies` rows. Each node fills as many cells as it has
+    time for, running on into the next row; the columns are the sets. The cells of a group follow
+    each other and are at most `slots`, so that no column holds a group twice.
+    """
+    order = sorted(speeds, key=lambda node: (-by_group[groups[node]], str(groups[node]), node))
+    slots = 0
+    while True:
+        slots += 1
+        cells: list[str] = []
+        filled: dict[Hashable, int] = {}
+        for node in order:
+            group = groups[node]
+            possible = int(slots * speeds[node] / needed + _ROUNDING)
+            count = min(possible, slots - filled.get(group, 0))
+            filled[group] = filled.get(group, 0) + count
+            cells += [node] * count
+        if len(cells) < slots * copies:
+            continue
+        columns = [frozenset(cells[slot : slots * copies : slots]) for slot in range(slots)]
+        yield list(dict.fromkeys(columns))
+        if slots > 4 * len(speeds):
+            return
