@@ -235,7 +235,7 @@ class Sync(Message, frozen=True):
 
 
 class SyncReply(Message, frozen=True):
-    """Payload: all document ids, 32 bytes each, sorted; empty when `equal`."""
+    """Payload: all `count` document ids, 32 bytes each, ascending; none when `equal`."""
 
     equal: bool
     count: Size
@@ -419,9 +419,10 @@ def encode_document_ids(ids: Iterable[bytes]) -> bytes:
 def decode_document_ids(
     reply: SyncReply, payload: bytes | memoryview, *, peer: str
 ) -> tuple[bytes, ...]:
-    """The ids behind `reply`, strictly ascending. Raises ProtocolError."""
+    """The ids behind `reply`, strictly ascending; none when the catalogues are equal. Raises
+    ProtocolError."""
     raw = bytes(payload)
-    if len(raw) != 32 * reply.count or (reply.equal and raw):
+    if len(raw) != (0 if reply.equal else 32 * reply.count):
         raise ProtocolError(peer, f"announced {reply.count} document ids, sent {len(raw)} bytes")
     ids = tuple(raw[start : start + 32] for start in range(0, len(raw), 32))
     if any(first >= second for first, second in itertools.pairwise(ids)):
