@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import signal
 import socket
 import time
@@ -27,8 +26,10 @@ from ckptd.errors import CkptdError, ConfigError
 from ckptd.net.acceptor import Acceptor, Handshake, Unauthenticated, listen, server_handshake
 from ckptd.net.bulk import BulkConnector
 from ckptd.net.control import ControlServer
+from ckptd.net.loop import run
 from ckptd.net.tls import check_peer, client_context, server_context
 from ckptd.node.bulk_service import BulkService
+from ckptd.node.notify import notify
 from ckptd.node.peers import Peers
 from ckptd.node.records import Records
 from ckptd.node.requests import Requests
@@ -200,7 +201,7 @@ class Node:
         """Begins a graceful stop."""
         self._stop.set()
 
-    async def run(self, ready: Callable[[], None] = lambda: None) -> None:
+    async def run(self, ready: Callable[[], object] = lambda: None) -> None:
         """Serves until `request_stop`. `ready` is called once connections are accepted."""
         control = bulk_listener = None
         try:
@@ -242,7 +243,7 @@ class Node:
         return socket.gethostname()
 
     async def _serve(
-        self, control: socket.socket, bulk_listener: socket.socket, ready: Callable[[], None]
+        self, control: socket.socket, bulk_listener: socket.socket, ready: Callable[[], object]
     ) -> None:
         connector = BulkConnector(self._client_context, self.config.cluster, self.hello)
         requests = Requests(
@@ -410,7 +411,7 @@ async def _quietly(work: Awaitable[object]) -> None:
         _log.warning("verify_failed", reason=error.message)
 
 
-def serve(config: Config, config_path: Path | None, ready: Callable[[], None]) -> None:
+def serve(config: Config, config_path: Path | None) -> None:
     """Runs a node until SIGTERM or SIGINT. Raises CkptdError when it cannot start."""
 
     async def main() -> None:
@@ -419,16 +420,6 @@ def serve(config: Config, config_path: Path | None, ready: Callable[[], None]) -
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, node.request_stop)
         loop.add_signal_handler(signal.SIGHUP, node.reload)
-        await node.run(ready)
+        await node.run(lambda: notify("READY=1"))
 
-    with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
-        runner.run(main())
-
-
-def event_loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """uvloop, or asyncio's own loop when CKPTD_LOOP=asyncio asks for it (for tests)."""
-    if os.environ.get("CKPTD_LOOP") == "asyncio":
-        return asyncio.new_event_loop
-    import uvloop
-
-    return uvloop.new_event_loop
+    run(main())

@@ -1,0 +1,89 @@
+"""The command line: `ckptd COMMAND`. Each command's module is imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any, Final
+
+import click
+
+from ckptd import __version__
+from ckptd.cli.session import Session, report, shared_options, wants_json
+from ckptd.errors import CkptdError, UsageError
+
+COMMANDS: Final = {
+    "serve": ("ckptd.cli.serve:serve", "run this node"),
+    "local": ("ckptd.cli.local:local", "an embedded cluster on this machine"),
+    "config": ("ckptd.cli.config:config", "validate a config"),
+    "pki": ("ckptd.cli.pki:pki_commands", "the cluster's CA and certificates"),
+    "completion": ("ckptd.cli.completion:completion", "shell completion"),
+}
+
+
+class _Commands(click.Group):
+    """Imports a command's module only when it is needed, so that each starts quickly."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        entry = COMMANDS.get(cmd_name)
+        if entry is None:
+            return None
+        module, _, attribute = entry[0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry[1]) for name, entry in COMMANDS.items()])
+
+
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ckptd")
+@shared_options
+@click.pass_context
+def cli(context: click.Context) -> None:
+    """Checkpoint storage for machines at home.
+
+    Every finished checkpoint is kept on two machines, verified, and comes back byte for byte.
+
+    \b
+    Exit codes: 0 done, 1 failed, 2 usage, 3 done or readable but degraded,
+    4 integrity: no good copy is left, 5 not enough nodes reachable.
+    """
+    context.ensure_object(Session)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The console script. Exits with the codes that `ckptd --help` lists."""
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command line and returns its exit code."""
+    as_json = wants_json(arguments)
+    try:
+        result: Any = cli.main(arguments, prog_name="ckptd", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except CkptdError as error:
+        return report(error, as_json=as_json)
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "ckptd"
+        message = error.format_message()
+        return report(UsageError(message, next=f"{where} --help"), as_json=as_json)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("ckptd: interrupted", err=True)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away (`ckptd ls | head`): say nothing, as others do.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""`ckptd serve`: this machine as a node."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from pathlib import Path
+
+import click
+
+from ckptd.cli.session import session, shared_options
+from ckptd.config import Config
+from ckptd.errors import ConfigError
+
+RECOVERY_BUNDLE = "recovery.bundle"
+
+
+@click.command()
+@click.option(
+    "--init", is_flag=True, help="Make the store directory's marker once, then serve as usual."
+)
+@shared_options
+def serve(init: bool) -> None:
+    """Run this node in the roles that its config names, until SIGTERM.
+
+    Without --init a store directory that has no marker is refused: an unmounted disk must never
+    become an empty store. SIGHUP makes the node read its config again.
+    """
+    from ckptd.node import daemon
+    from ckptd.observe import logs
+
+    path = session().config_path()
+    config = session().config()
+    logs.configure(config.observe.log_level)
+    if config.node is None or config.store is None:
+        raise ConfigError(
+            "node", "missing: this config is a client's", next="ckptd serve --config NODE_CONFIG"
+        )
+    if "coordinator" in config.node.roles:
+        raise ConfigError("node.roles", "coordinator: not in this version; use worker")
+    if init:
+        _init(config)
+    daemon.serve(config, path)
+
+
+def _init(config: Config) -> None:
+    """Makes the store, and puts the recovery bundle into it when it lies beside the CA."""
+    from ckptd.store.marker import init_store
+
+    assert config.store is not None
+    init_store(str(config.store.path), store_id=secrets.token_hex(16))
+    bundle = config.tls.ca.with_name(RECOVERY_BUNDLE)
+    target = Path(config.store.path) / RECOVERY_BUNDLE
+    if bundle.is_file() and not target.exists():
+        shutil.copyfile(bundle, target)

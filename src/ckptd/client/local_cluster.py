@@ -1,0 +1,366 @@
+"""An embedded cluster on loopback: real daemons, real TCP, real TLS, a CA of its own.
+
+    DIR/pki/                 the CA, the client's certificate, one for each node
+    DIR/ckptd.yml            the client's config
+    DIR/NODE/ckptd.yml       a node's config; DIR/NODE/store its store, DIR/NODE/node.log its log
+
+The daemons outlive whoever started them. `up` starts whatever is not running, with its data.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+
+from ckptd.client import pki
+from ckptd.config import Config, check
+from ckptd.core.identity import Role
+from ckptd.errors import CkptdError, ConfigError, NotFound, UsageError
+
+CLUSTER: Final = "local"
+DEFAULT_DIRECTORY: Final = "~/.local/share/ckptd/local"
+LOCAL_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "repair": {"after": "10s"},
+    "gc": {"grace": "60s"},
+    "membership": {"heartbeat": "500ms", "suspect": "2s", "down": "5s"},
+}
+NODES_MAX: Final = 16
+_START_TIMEOUT_S: Final = 30.0
+_STOP_TIMEOUT_S: Final = 15.0
+
+
+@dataclass(frozen=True)
+class LocalNode:
+    """One daemon of an embedded cluster. `pid` is 0 while it does not run."""
+
+    id: str
+    directory: Path
+    config: Config
+    pid: int
+
+    @property
+    def config_path(self) -> Path:
+        return self.directory / "ckptd.yml"
+
+    def describe(self) -> dict[str, Any]:
+        """As `ckptd local up --json` lists it."""
+        assert self.config.node is not None and self.config.store is not None
+        scheme = "https" if self.config.observe.tls else "http"
+        return {
+            "id": self.id,
+            "pid": self.pid,
+            "config": str(self.config_path),
+            "address": str(self.config.node.listen),
+            "data_dir": str(self.config.store.path),
+            "metrics_url": f"{scheme}://{self.config.observe.listen}/metrics",
+        }
+
+
+class LocalCluster:
+    """The embedded cluster in one directory."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory.expanduser().absolute()
+
+    @property
+    def client_config(self) -> Path:
+        return self.directory / "ckptd.yml"
+
+    def up(self, count: int, settings: Sequence[str] = ()) -> list[LocalNode]:
+        """Makes what is missing, starts what is not running, and waits until all serve.
+
+        `settings` are KEY=VALUE, with dotted keys of the config, for every node and the client;
+        nodes whose config they change are restarted. Raises UsageError, ConfigError, or
+        CkptdError with the last lines of the log of a node that does not start.
+        """
+        if not 1 <= count <= NODES_MAX:
+            raise UsageError(f"--nodes takes 1 to {NODES_MAX}, not {count}")
+        overrides = parse_settings(settings)
+        existing = self._node_ids()
+        if existing and len(existing) > count:
+            count = len(existing)
+        self._make(count, overrides)
+        nodes = self.nodes()
+        starting = []
+        for node in nodes:
+            if node.pid and not _config_is_current(node):
+                _stop([node.pid])
+            if not _running(node.directory):
+                starting.append((node, *self._start(node)))
+        for node, process, ready in starting:
+            self._wait_ready(node, process, ready)
+        return self.nodes()
+
+    def down(self) -> list[str]:
+        """Stops all daemons gracefully; their data stays. Returns the ids of those that ran."""
+        if not self._node_ids():
+            raise NotFound(f"no local cluster in {self.directory}", next="ckptd local up")
+        running = [node for node in self.nodes() if node.pid]
+        _stop([node.pid for node in running])
+        return [node.id for node in running]
+
+    def nodes(self) -> list[LocalNode]:
+        """The nodes as they are now."""
+        found = []
+        for node_id in self._node_ids():
+            directory = self.directory / node_id
+            config, errors = check((directory / "ckptd.yml").read_text(encoding="utf-8"))
+            if config is None:
+                raise errors[0]
+            found.append(LocalNode(node_id, directory, config, _running(directory)))
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """As `ckptd local up --json` prints it."""
+        return {
+            "config": str(self.client_config),
+            "coordinator": None,
+            "nodes": [node.describe() for node in self.nodes()],
+        }
+
+    # -- making
+
+    def _node_ids(self) -> list[str]:
+        if not self.directory.is_dir():
+            return []
+        found = [entry.parent.name for entry in self.directory.glob("node*/ckptd.yml")]
+        return sorted(found, key=lambda name: int(name.removeprefix("node")))
+
+    def _make(self, count: int, overrides: dict[str, Any]) -> None:
+        pki_directory = self.directory / "pki"
+        self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not (pki_directory / "ca.pem").exists():
+            code = pki.init_cluster(pki_directory, CLUSTER)
+            # An embedded cluster protects nothing from its own user: the code may lie beside it.
+            (self.directory / "recovery-code").write_text(code + "\n", encoding="ascii")
+        ids = [f"node{number}" for number in range(1, count + 1)]
+        peers = self._addresses(ids)
+        for node_id in ids:
+            if not (pki_directory / f"{node_id}.pem").exists():
+                pki.issue(pki_directory, [Role.WORKER], node_id)
+            self._write_node(node_id, peers, overrides)
+        client = {
+            "cluster": CLUSTER,
+            "tls": _tls(pki_directory, "client"),
+            "discovery": {"mdns": False, "peers": [ports["listen"] for ports in peers.values()]},
+        }
+        _write_config(self.client_config, _merged(client, LOCAL_DEFAULTS, overrides))
+
+    def _addresses(self, ids: list[str]) -> dict[str, dict[str, Any]]:
+        """For each node its addresses: those of its config, or free ports for a new one."""
+        found: dict[str, dict[str, Any]] = {}
+        with contextlib.ExitStack() as held:
+            for node_id in ids:
+                path = self.directory / node_id / "ckptd.yml"
+                if path.exists():
+                    old = yaml.safe_load(path.read_text(encoding="utf-8"))
+                    found[node_id] = {
+                        "listen": old["node"]["listen"],
+                        "bulk_port": old["node"]["bulk_port"],
+                        "observe": old["observe"]["listen"],
+                    }
+                    continue
+                ports = [_free_port(held) for _ in range(3)]
+                found[node_id] = {
+                    "listen": f"127.0.0.1:{ports[0]}",
+                    "bulk_port": ports[1],
+                    "observe": f"127.0.0.1:{ports[2]}",
+                }
+        return found
+
+    def _write_node(
+        self, node_id: str, peers: dict[str, dict[str, Any]], overrides: dict[str, Any]
+    ) -> None:
+        directory = self.directory / node_id
+        directory.mkdir(exist_ok=True, mode=0o700)
+        own = peers[node_id]
+        node = {
+            "cluster": CLUSTER,
+            # Zones of their own: one machine plays several here, and copies must be apart.
+            "node": {
+                "id": node_id,
+                "roles": ["worker"],
+                "listen": own["listen"],
+                "bulk_port": own["bulk_port"],
+                "zone": node_id,
+            },
+            "store": {"path": str(directory / "store")},
+            "tls": _tls(self.directory / "pki", node_id),
+            "discovery": {
+                "mdns": False,
+                "peers": [p["listen"] for other, p in peers.items() if other != node_id],
+            },
+            "observe": {"listen": own["observe"], "tls": False},
+        }
+        _write_config(directory / "ckptd.yml", _merged(node, LOCAL_DEFAULTS, overrides))
+
+    # -- running
+
+    def _start(self, node: LocalNode) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """Starts a daemon in a session of its own; it says on the socket when it serves."""
+        place = tempfile.mkdtemp(prefix="ckptd-")
+        ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            ready.bind(os.path.join(place, "ready"))
+            environment = {**os.environ, "NOTIFY_SOCKET": os.path.join(place, "ready")}
+            command = [sys.executable, "-m", "ckptd", "serve", "--init", "--config"]
+            with open(node.directory / "node.log", "ab") as log:
+                process = subprocess.Popen(
+                    [*command, str(node.config_path)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    env=environment,
+                    cwd="/",
+                )
+        except BaseException:
+            ready.close()
+            shutil.rmtree(place, ignore_errors=True)
+            raise
+        (node.directory / "pid").write_text(f"{process.pid}\n", encoding="ascii")
+        shutil.copyfile(node.config_path, node.directory / "running.yml")
+        return process, ready
+
+    def _wait_ready(
+        self, node: LocalNode, process: subprocess.Popen[bytes], ready: socket.socket
+    ) -> None:
+        place = os.path.dirname(ready.getsockname())
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        try:
+            ready.settimeout(0.1)
+            while time.monotonic() < deadline_s:
+                with contextlib.suppress(TimeoutError):
+                    if ready.recv(100).startswith(b"READY=1"):
+                        return
+                if process.poll() is not None:
+                    break
+        finally:
+            ready.close()
+            shutil.rmtree(place, ignore_errors=True)
+        log = (node.directory / "node.log").read_text(encoding="utf-8", errors="replace")
+        last = " | ".join(log.strip().splitlines()[-3:])
+        raise CkptdError(
+            f"{node.id} does not start: {last}", next=f"tail {node.directory / 'node.log'}"
+        )
+
+
+def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE with dotted keys as nested mappings; values are YAML. Raises UsageError."""
+    nested: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        parts = key.split(".")
+        if not equals or not all(parts):
+            raise UsageError(f"--set takes KEY=VALUE, not {setting!r}")
+        place = nested
+        for part in parts[:-1]:
+            place = place.setdefault(part, {})
+        place[parts[-1]] = yaml.safe_load(value)
+    return nested
+
+
+def _merged(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
+                result[key] = _merged(result[key], value)
+            else:
+                result[key] = value
+    return result
+
+
+def _write_config(path: Path, document: dict[str, Any]) -> None:
+    text = yaml.safe_dump(document, sort_keys=False)
+    _, errors = check(text)
+    if errors:
+        raise ConfigError(errors[0].key, errors[0].reason, next="ckptd local up --help")
+    temporary = path.with_suffix(".new")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _tls(directory: Path, name: str) -> dict[str, str]:
+    return {
+        "ca": str(directory / "ca.pem"),
+        "cert": str(directory / f"{name}.pem"),
+        "key": str(directory / f"{name}.key"),
+    }
+
+
+def _free_port(held: contextlib.ExitStack) -> int:
+    """A port that is free now; held until all are chosen, so that none is chosen twice."""
+    probe = held.enter_context(socket.socket())
+    probe.bind(("127.0.0.1", 0))
+    return int(probe.getsockname()[1])
+
+
+def _config_is_current(node: LocalNode) -> bool:
+    """Whether a running daemon was started with the config as it is now."""
+    try:
+        started_with = (node.directory / "running.yml").read_bytes()
+    except OSError:
+        return False
+    return started_with == node.config_path.read_bytes()
+
+
+def _running(directory: Path) -> int:
+    """The pid of the daemon of a node, 0 when it does not run.
+
+    A pid alone proves nothing, as it may be somebody else's by now: the command line must name
+    the node's config.
+    """
+    try:
+        pid = int((directory / "pid").read_text(encoding="ascii"))
+        shown = subprocess.run(
+            ["ps", "-ww", "-o", "stat=,args=", "-p", str(pid)],
+            capture_output=True,
+            check=False,
+            text=True,
+        ).stdout
+    except (OSError, ValueError):
+        return 0
+    zombie = shown.lstrip().startswith("Z")
+    return pid if str(directory / "ckptd.yml") in shown and not zombie else 0
+
+
+def _stop(pids: list[int]) -> None:
+    """SIGTERM, then SIGKILL for whoever takes longer than _STOP_TIMEOUT_S."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    deadline_s = time.monotonic() + _STOP_TIMEOUT_S
+    left = [pid for pid in pids if _alive(pid)]
+    while left and time.monotonic() < deadline_s:
+        time.sleep(0.02)
+        left = [pid for pid in left if _alive(pid)]
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def _alive(pid: int) -> bool:
+    with contextlib.suppress(ChildProcessError):
+        if os.waitpid(pid, os.WNOHANG)[0] == pid:  # our own child: take its end
+            return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
