@@ -49,6 +49,9 @@ def fewest_copysets(
 ) -> list[Copyset]:
     """Few sets of `copies` nodes, no two of one group, within `SLOWDOWN_MAX` of the best time.
 
+    Every node is in a set: a card that stayed idle would never be measured, and would have to be
+    paired with everything once the others are full.
+
     `speeds` (bytes per second, above 0) and `groups` are by node id; there are at least `copies`
     groups. As many as possible of the sets are `preferred` ones, which hold shards already. The
     result depends on the arguments alone, and small differences in speed rarely change it.
@@ -88,22 +91,51 @@ def _families(
     for node, speed in speeds.items():
         by_group[groups[node]] = by_group.get(groups[node], 0.0) + speed
     needed = best_bytes_per_s(list(by_group.values()), copies) / SLOWDOWN_MAX
-    usable = [s for s in preferred if s <= speeds.keys() and len({groups[n] for n in s}) == copies]
-    usable = usable[:_PREFERRED_MAX]
+    usable = [
+        copyset
+        for copyset in preferred
+        if copyset <= speeds.keys()
+        and len(copyset) == len({groups[node] for node in copyset}) == copies
+    ]
     if usable:
-        left = {n: speed for n, speed in speeds.items() if not any(n in s for s in usable)}
-        for extension in ([], *_disjoint(left, groups, copies)):
-            family = [*usable, *extension]
-            if _sample_bytes_per_s(family, speeds) >= needed:
-                yield _without_spare(family, speeds, needed)
-                break
+        family = _covering(usable[:_PREFERRED_MAX], speeds, groups, copies)
+        if _sample_bytes_per_s(family, speeds) >= needed:
+            yield _without_spare(family, speeds, needed)
     for family in _disjoint(speeds, groups, copies):
-        if sum(min(speeds[node] for node in copyset) for copyset in family) >= needed * (
-            1 - _ROUNDING
-        ):
-            yield family
+        slowest = (min(speeds[node] for node in copyset) for copyset in family)
+        if sum(slowest) >= needed * (1 - _ROUNDING):
+            yield _covering(family, speeds, groups, copies)
             break
-    yield from _overlapping(speeds, groups, copies, by_group, needed)
+    for family in _overlapping(speeds, groups, copies, by_group, needed):
+        yield _covering(family, speeds, groups, copies)
+
+
+def _covering(
+    family: list[Copyset],
+    speeds: Mapping[str, float],
+    groups: Mapping[str, Hashable],
+    copies: int,
+) -> list[Copyset]:
+    """The family with sets of the nodes that are in none, so that no card stays idle: like speeds
+    together, completed by the slowest of the others."""
+    fastest_first = sorted(speeds, key=lambda node: (-speeds[node], node))
+    covered = frozenset[str]().union(*family)
+    idle = [node for node in fastest_first if node not in covered]
+    while idle:
+        others = [node for node in reversed(fastest_first) if node not in idle]
+        copyset = _first_of_groups([*idle, *others], groups, copies)
+        family = [*family, copyset]
+        idle = [node for node in idle if node not in copyset]
+    return family
+
+
+def _first_of_groups(nodes: Sequence[str], groups: Mapping[str, Hashable], copies: int) -> Copyset:
+    """The first `copies` nodes of different groups; fewer if there are not as many groups."""
+    chosen: dict[Hashable, str] = {}
+    for node in nodes:
+        if len(chosen) < copies:
+            chosen.setdefault(groups[node], node)
+    return frozenset(chosen.values())
 
 
 def _without_spare(
@@ -112,7 +144,8 @@ def _without_spare(
     """The family without sets that it can do without, the last ones going first."""
     for copyset in reversed(family):
         rest = [other for other in family if other != copyset]
-        if rest and _sample_bytes_per_s(rest, speeds) >= needed:
+        idle = copyset.difference(*rest)
+        if not idle and _sample_bytes_per_s(rest, speeds) >= needed:
             family = rest
     return family
 
@@ -128,15 +161,9 @@ def _disjoint(
     """One set, two, three…, like speeds together: this makes the sum of the slowest largest."""
     left = sorted(speeds, key=lambda node: (-speeds[node], node))
     family: list[Copyset] = []
-    while True:
-        chosen: dict[Hashable, str] = {}
-        for node in left:
-            if len(chosen) < copies:
-                chosen.setdefault(groups[node], node)
-        if len(chosen) < copies:
-            return
-        family = [*family, frozenset(chosen.values())]
-        left = [node for node in left if node not in chosen.values()]
+    while len(copyset := _first_of_groups(left, groups, copies)) == copies:
+        family = [*family, copyset]
+        left = [node for node in left if node not in copyset]
         yield family
 
 

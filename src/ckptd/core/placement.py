@@ -221,10 +221,10 @@ class Placement:
             chosen[self._machine[best]] = best
             zones.add(self._zone[best])
         units = self._units(pool, size_bytes)
-        # The machines with most room always keep it; so this ends at the latest with all of them.
-        for machine in sorted(units, key=lambda machine: -units[machine])[:copies]:
-            if self._keeps_room(frozenset(chosen.values()), pool, copies, size_bytes):
-                break
+        # The machines with most room always keep it, so this ends at the latest with them.
+        largest = iter(sorted(units, key=lambda machine: -units[machine]))
+        while not self._keeps_room(frozenset(chosen.values()), pool, copies, size_bytes):
+            machine = next(largest)
             if machine not in chosen:
                 del chosen[min(chosen, key=lambda machine: units[machine])]
                 chosen[machine] = max(
