@@ -16,7 +16,7 @@ from typing import Final
 
 import msgspec
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.x509.oid import ExtensionOID
 
@@ -192,6 +192,8 @@ def verify_chain(certificate_der: bytes, ca: x509.Certificate) -> Ed25519PublicK
         raise NotAuthorized("the certificate was not signed by this cluster's CA") from error
     except _UNREADABLE as error:
         raise NotAuthorized(f"the certificate is not one of this cluster: {error}") from error
+    if certificate_der != _only_encoding(certificate):
+        raise NotAuthorized("the certificate's encoding is not the one that the CA made")
     if not isinstance(key, Ed25519PublicKey):
         raise NotAuthorized("the certificate's key is not Ed25519")
     if constraints.ca:
@@ -223,11 +225,14 @@ LEAF_KEY_USAGE: Final = x509.KeyUsage(
 )
 """The key usage of every leaf certificate: it signs handshakes and documents, nothing else."""
 
-# What the parser raises for bytes that are no certificate, or for extensions missing, repeated,
-# of unknown name kinds, or not encodable as ASCII. TypeError: a key type that cannot verify.
+# What the parser raises for bytes that are no certificate, for versions and algorithms that it
+# does not know, and for extensions missing, repeated, of unknown name kinds, or not encodable as
+# ASCII. TypeError: a key type that cannot verify.
 _UNREADABLE: Final = (
     ValueError,
     TypeError,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
     x509.ExtensionNotFound,
     x509.DuplicateExtension,
     x509.UnsupportedGeneralNameType,
@@ -241,6 +246,21 @@ def _load(certificate_der: bytes) -> x509.Certificate:
         return x509.load_der_x509_certificate(certificate_der)
     except _UNREADABLE as error:
         raise NotAuthorized(f"the certificate cannot be read: {error}") from error
+
+
+def _only_encoding(certificate: x509.Certificate) -> bytes:
+    """The bytes that an Ed25519 certificate has in DER (RFC 5280 section 4.1, RFC 8410).
+
+    The CA's signature covers the inner part alone. Around it a parser may tolerate variants, such
+    as a count of unused bits in the signature, and one certificate would have several encodings.
+    """
+    body = (
+        certificate.tbs_certificate_bytes
+        + b"\x30\x05\x06\x03\x2b\x65\x70"  # the algorithm: Ed25519, without parameters
+        + b"\x03\x41\x00"  # a bit string: 65 bytes follow, the first says that no bit is unused
+        + certificate.signature
+    )
+    return b"\x30\x82" + len(body).to_bytes(2) + body
 
 
 def _role_and_id(uri: str, cluster: str) -> tuple[Role, str]:

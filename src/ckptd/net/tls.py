@@ -12,6 +12,8 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
+from cryptography.hazmat.primitives.serialization import Encoding
+
 from ckptd.core.identity import Identity, identity_of, load_ca
 from ckptd.errors import ConfigError, NotAuthorized
 
@@ -110,18 +112,17 @@ def _context(protocol: ssl._SSLMethod, ca: Path, cert: Path, key: Path) -> ssl.S
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VerifyFlags.VERIFY_X509_STRICT
     context.options |= ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION
-    context.load_verify_locations(cadata=_ca_pem(ca))
+    context.load_verify_locations(cadata=_ca_der(ca))
     _load_own(context, cert, key)
     return context
 
 
-def _ca_pem(ca: Path) -> str:
+def _ca_der(ca: Path) -> bytes:
     pem = _read("tls.ca", ca)
     try:
-        load_ca(pem)
+        return load_ca(pem).public_bytes(Encoding.DER)
     except NotAuthorized as error:
         raise ConfigError("tls.ca", f"{ca}: {error.message}") from error
-    return pem.decode("ascii")
 
 
 def _load_own(context: ssl.SSLContext, cert: Path, key: Path) -> None:

@@ -347,6 +347,15 @@ def test_asyncio_and_uvloop_connections_are_checked_alike(
     assert callers == ["laptop"]
 
 
+def test_a_ca_file_may_carry_a_comment(
+    tmp_path: Path, pi1: IssuedFiles, laptop: IssuedFiles
+) -> None:
+    commented = tmp_path / "ca.pem"
+    commented.write_bytes("The CA of Zoë's home\n".encode() + pi1.ca.read_bytes())
+    outcome = connect(server_context(commented, pi1.cert, pi1.key), client_side(laptop))
+    assert outcome.client_got == b"there"
+
+
 def test_files_that_cannot_be_used_are_named_by_their_config_key(
     tmp_path: Path, pi1: IssuedFiles, laptop: IssuedFiles
 ) -> None:
