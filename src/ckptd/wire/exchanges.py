@@ -53,10 +53,10 @@ _CHANNELS: Final[dict[type[Message], Channel]] = {
     messages.Error: Channel.BOTH,
     messages.Busy: Channel.BOTH,
     messages.Progress: Channel.BOTH,
-    messages.PushShard: Channel.BOTH,
-    messages.PutResult: Channel.BOTH,
     messages.PutShard: Channel.BULK,
+    messages.PushShard: Channel.BULK,
     messages.Ready: Channel.BULK,
+    messages.PutResult: Channel.BULK,
     messages.GetShard: Channel.BULK,
     messages.ShardData: Channel.BULK,
 }

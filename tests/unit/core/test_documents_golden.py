@@ -67,7 +67,19 @@ MANIFEST = Manifest(
     shards=SHARDS,
     tensor_index=2,
     step=500,
-    metrics={"eval_loss": 0.25, "accuracy": 1.0},
+    # Numbers have many spellings: another one would make documents unreadable.
+    metrics={
+        "accuracy": 100.0,
+        "eval_loss": 0.25,
+        "largest": 1.7976931348623157e308,
+        "learning_rate": 1e-5,
+        "learning_rate_min": 1e-6,
+        'perplexity "x"\n\x01é': 1 / 3,
+        "smallest": 5e-324,
+        "tokens": 1e15,
+        "tokens_total": 1e16,
+        "zero": -0.0,
+    },
 )
 SAMPLES: dict[str, Document] = {
     "manifest": MANIFEST,

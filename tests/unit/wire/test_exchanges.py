@@ -28,7 +28,14 @@ def test_a_request_and_its_answers_share_a_channel(kind: type[Message]) -> None:
 
 
 def test_shards_travel_on_bulk_connections_only() -> None:
-    for kind in (messages.PutShard, messages.Ready, messages.GetShard, messages.ShardData):
+    for kind in (
+        messages.PutShard,
+        messages.PushShard,
+        messages.Ready,
+        messages.PutResult,
+        messages.GetShard,
+        messages.ShardData,
+    ):
         assert exchanges.channel_of(kind) is Channel.BULK
 
 
