@@ -115,15 +115,15 @@ def write_file(filesystem: FileSystem, temporary: str, target: str, data: bytes)
     file.publish(target)
 
 
-def make_directory(filesystem: FileSystem, path: str) -> bool:
-    """Make one directory durably; True when it was not there before. Raises `OSError`.
+def make_directory(filesystem: FileSystem, path: str) -> None:
+    """Make one directory durably. Raises `OSError`.
 
     One that is there already is flushed into its parent all the same: the process that made it may
     have died before it did so.
     """
+    made = True
     try:
         filesystem.mkdir(path)
-        made = True
     except FileExistsError:
         made = False
     try:
@@ -132,7 +132,6 @@ def make_directory(filesystem: FileSystem, path: str) -> bool:
         if made:
             _remove_directory_if_possible(filesystem, path)
         raise
-    return made
 
 
 def flush_move(filesystem: FileSystem, source: str, target: str) -> None:

@@ -51,10 +51,11 @@ class StoreDirectory:
         return os.path.join(self.path, layout.INCOMING)
 
     def close(self) -> None:
-        """Let another process open the store. May be called twice."""
+        """Let another process open the store. May be called twice; raises nothing."""
         lock, self._lock = self._lock, None
         if lock is not None:
-            self.filesystem.close(lock)
+            with contextlib.suppress(OSError):  # the lock is gone all the same
+                self.filesystem.close(lock)
 
     def __enter__(self) -> StoreDirectory:
         return self
@@ -77,11 +78,12 @@ def init_store(path: str, *, store_id: str, filesystem: FileSystem = OPERATING_S
     with medium.operation("make a store"):
         try:
             found = {entry.name for entry in filesystem.list_directory(path)}
+            # Whoever made the directory may not have flushed its name. A parent that this user may
+            # not open is the work of an administrator.
+            with contextlib.suppress(PermissionError):
+                filesystem.fsync_directory(os.path.dirname(path))
         except FileNotFoundError:
             found = set()
-        # Also where it exists: whoever made it may not have flushed its name. A parent that this
-        # user may not open is the work of an administrator.
-        with contextlib.suppress(PermissionError):
             durable.make_directory(filesystem, path)
         if layout.MARKER in found:
             store_id = read_marker(path, filesystem)

@@ -48,11 +48,14 @@ class ShardReader:
         return bytes(buffer[:count])
 
     def close(self) -> None:
-        """Close the file. May be called twice."""
+        """Close the file. May be called twice; raises nothing, but a disk's error is noted."""
         with self._closing:
             descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            self._filesystem.close(descriptor)
+            try:
+                self._filesystem.close(descriptor)
+            except OSError as error:
+                self._medium.translate(f"close shard {self.digest.hex()}", error)
 
     def __enter__(self) -> ShardReader:
         return self

@@ -289,7 +289,7 @@ class ShardStore:
                 if identity.size_bytes > limits.SHARD_SIZE_MAX_BYTES:
                     return VerifyResult.CORRUPT, identity
                 filesystem.drop_cache(descriptor)
-                found = self._hash_file(descriptor)
+                found = self._hash_file(descriptor, identity.size_bytes)
                 # What nobody else reads shall not push out what others do.
                 filesystem.drop_cache(descriptor)
             finally:
@@ -301,8 +301,10 @@ class ShardStore:
             return VerifyResult.UNREADABLE, None
         return (VerifyResult.OK if found == digest else VerifyResult.CORRUPT), identity
 
-    def _hash_file(self, descriptor: int) -> bytes:
-        buffer = memoryview(bytearray(limits.STORE_READ_PIECE_BYTES))
+    def _hash_file(self, descriptor: int, size_bytes: int) -> bytes:
+        # One byte at least: a read into nothing would look like the end of the file.
+        piece_bytes = max(1, min(size_bytes, limits.STORE_READ_PIECE_BYTES))
+        buffer = memoryview(bytearray(piece_bytes))
         hashed = hashlib.sha256()
         offset = 0
         while count := self._filesystem.pread_into(descriptor, buffer, offset):
