@@ -8,6 +8,7 @@
     │   ├── TargetExists           a restore would overwrite something
     │   ├── NotFound               no such checkpoint, version, file, tensor or node
     │   ├── SourceRefused          a source file cannot be stored (kind, header, torn)
+    │   │   └── HeaderInvalid      a safetensors header is not valid
     │   └── SourceChanged          the source changed while it was read: try again later
     ├── NoRoom                     the store's room above the reserve does not suffice (exit 1)
     ├── MediumFailed               the disk below the store fails: the node takes no more work
@@ -88,6 +89,12 @@ class NotFound(Refused):
 
 class SourceRefused(Refused):
     kind = "source_refused"
+
+
+class HeaderInvalid(SourceRefused):
+    """A safetensors header is not valid. The message names the fault, not the file."""
+
+    kind = "header_invalid"
 
 
 class SourceChanged(Refused):

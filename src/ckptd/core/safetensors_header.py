@@ -8,7 +8,8 @@ A header that the safetensors library (0.8) refuses is refused here, and one tha
 accepted here, except that these are refused, all of which its own writer never makes:
 - one name twice in any object (the library keeps the last one silently);
 - white space before the "{" (the format forbids it);
-- a tensor described by a list, a dtype spelled as an object, or any other nested object;
+- a tensor described by a list, a dtype spelled as an object, any other nested object, or over 100
+  lists in one description (the library stops at 125 levels of them);
 - lone surrogates in keys or values that nobody looks at;
 - over `TENSORS_PER_FILE_MAX` tensors, `TENSOR_DIMENSIONS_MAX` dimensions, and names, descriptions
   or metadata longer than their limits, so that a header never unfolds to many times its size.
@@ -27,7 +28,7 @@ from typing import Any, Final, NamedTuple, TypeGuard
 import msgspec
 
 from ckptd.core import limits
-from ckptd.errors import SourceRefused
+from ckptd.errors import HeaderInvalid
 
 LENGTH_BYTES: Final = 8
 ALIGNMENT_BYTES: Final = 8
@@ -60,6 +61,7 @@ DTYPE_BITS: Final[Mapping[str, int]] = {
 }
 _DTYPE_RANK: Final = {dtype: rank for rank, dtype in enumerate(DTYPE_BITS)}
 _U64_MAX: Final = 2**64 - 1
+_LISTS_PER_DESCRIPTION_MAX: Final = 100
 
 _STRING_BODY = rb'[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+'
 _KEY = re.compile(rb'[ \t\n\r]*+"(' + _STRING_BODY + rb')"[ \t\n\r]*+:[ \t\n\r]*+', re.DOTALL)
@@ -67,12 +69,6 @@ _KEY = re.compile(rb'[ \t\n\r]*+"(' + _STRING_BODY + rb')"[ \t\n\r]*+:[ \t\n\r]*
 _VALUE = re.compile(rb'(\{[^{}"]*+(?:"' + _STRING_BODY + rb'"[^{}"]*+)*+\}|null)[ \t\n\r]*+')
 _EMPTY = re.compile(rb"\{[ \t\n\r]*+\}")
 _SPACE = re.compile(rb"[ \t\n\r]*+")
-
-
-class HeaderInvalid(SourceRefused):
-    """A safetensors file whose header is not valid. The message names the fault, not the file."""
-
-    kind = "header_invalid"
 
 
 class Tensor(msgspec.Struct, frozen=True, gc=False):
@@ -287,6 +283,8 @@ def _metadata(value: bytes) -> dict[str, str]:
 
 def _described(name: str, value: bytes, data_start: int) -> Tensor:
     where = f"tensor {_shown(name)}"
+    if value.count(b"[") > _LISTS_PER_DESCRIPTION_MAX:  # how deep Python decodes differs by version
+        raise HeaderInvalid(f"{where} has over {_LISTS_PER_DESCRIPTION_MAX} lists")
     fields = _decoded(value, where)
     if fields is None:
         raise HeaderInvalid(f"{where} is not described by a flat JSON object")

@@ -21,8 +21,8 @@ from msgspec import Meta
 
 from ckptd.core import limits
 from ckptd.core.names import check_path, path_from_json, path_to_json
-from ckptd.core.safetensors_header import HeaderInvalid, byte_length
-from ckptd.errors import DocumentRefused, NameRefused, Refused
+from ckptd.core.safetensors_header import byte_length
+from ckptd.errors import DocumentRefused, HeaderInvalid, NameRefused, Refused
 
 FORMAT: Final = 1
 COMPRESSION_LEVEL: Final = 6

@@ -20,7 +20,6 @@ from ckptd.core.safetensors_header import (
     DTYPE_BITS,
     LENGTH_BYTES,
     Header,
-    HeaderInvalid,
     Tensor,
     TensorOutline,
     build_header,
@@ -29,6 +28,7 @@ from ckptd.core.safetensors_header import (
     parse_header,
     read_length,
 )
+from ckptd.errors import HeaderInvalid
 
 library_tensors: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = safetensors.deserialize
 
@@ -95,6 +95,7 @@ VALID = {
     "no elements, then absurd": file_of(
         json.dumps({"a": described(shape=[0, 2**64 - 1, 2**64 - 1], offsets=[0, 0])})
     ),
+    "exactly 100 lists": file_of(json.dumps({"a": described(note=[[]] * 97)}), b"x"),
     "two elements of four bits": file_of(json.dumps({"a": described("F4", [2])}), b"x"),
     "64 dimensions": file_of(json.dumps({"a": described(shape=[1] * 64)}), b"x"),
 }
@@ -183,6 +184,13 @@ INVALID = {
     "whole number out of range": file_of(
         '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":%s}}' % ("9" * 400), b"x"
     ),
+    "metadata is nested beyond all bounds": file_of(
+        '{"__metadata__":{"a":%s}}' % ("[" * 30_000 + "]" * 30_000)
+    ),
+    "nested one level too deep": file_of(
+        '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":%s}}' % ("[" * 126 + "]" * 126),
+        b"x",
+    ),
     "nested beyond all bounds": file_of(
         '{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":%s}}'
         % ("[" * 30_000 + "]" * 30_000),
@@ -200,6 +208,7 @@ STRICTER = {
         '{"a":{"dtype":{"U8":null},"shape":[1],"data_offsets":[0,1]}}', b"x"
     ),
     "unknown field with an object": file_of(json.dumps({"a": described(note={})}), b"x"),
+    "over 100 lists": file_of(json.dumps({"a": described(note=[[]] * 98)}), b"x"),
     "65 dimensions": file_of(json.dumps({"a": described(shape=[1] * 65)}), b"x"),
     "endless name": file_of(json.dumps({"a" * 4097: described()}), b"x"),
     "endless description": file_of(json.dumps({"a": described(note="x" * 2**16)}), b"x"),

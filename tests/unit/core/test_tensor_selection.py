@@ -10,7 +10,7 @@ import safetensors.numpy
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptd.core.safetensors_header import HeaderInvalid, parse_header, read_length
+from ckptd.core.safetensors_header import parse_header, read_length
 from ckptd.core.tensor_index import TensorRecord
 from ckptd.core.tensor_selection import (
     MergedFile,
@@ -20,7 +20,7 @@ from ckptd.core.tensor_selection import (
     merge_tensors,
     nearest_names,
 )
-from ckptd.errors import NotFound, Refused
+from ckptd.errors import HeaderInvalid, NotFound, Refused
 
 save: Callable[..., bytes] = safetensors.numpy.save
 load: Callable[[bytes], dict[str, np.ndarray]] = safetensors.numpy.load
