@@ -125,3 +125,12 @@ RECONNECT_MAX_S: Final = 10.0  # between two tries to reach a peer that does not
 DOCUMENTS_PER_SYNC: Final = 256
 VERSIONS_PER_QUESTION: Final = 256
 SHARDS_PER_QUESTION: Final = 4096
+
+# A store
+TRANSFERS_AT_ONCE_MAX: Final = 16
+TRANSFER_ATTEMPTS_MAX: Final = 6  # for one shard
+RETRY_PAUSE_MIN_S: Final = 0.1
+RETRY_PAUSE_MAX_S: Final = 5.0
+BUSY_GIVE_UP_S: Final = 300.0  # nodes that are busy with others are waited for this long
+COMMIT_ROUNDS_MAX: Final = 5
+SHARDS_AHEAD_MAX: Final = 128  # hashed and waiting to be sent

@@ -173,6 +173,7 @@ class BulkConnector:
         self._hello = hello
         self._lock = threading.Lock()
         self._idle: dict[tuple[str, str, int, int], list[BulkChannel]] = {}
+        self._in_use: set[BulkChannel] = set()
         self._closed = False
 
     def acquire(self, node: str, host: str, port: int, *, hop: int = 0) -> BulkChannel:
@@ -186,7 +187,7 @@ class BulkConnector:
             fresh = time.monotonic() - channel.idle_since_s < limits.BULK_IDLE_TIMEOUT_S / 2
             if fresh and not channel.frame_waiting():
                 channel.set_timeout(timeout_s)
-                return channel
+                return self._use(channel)
             channel.close()
         channel = self._connect(node, host, port, timeout_s)
         try:
@@ -196,13 +197,22 @@ class BulkConnector:
             channel.close()
             raise
         channel.set_timeout(timeout_s)
-        return channel
+        return self._use(channel)
+
+    def _use(self, channel: BulkChannel) -> BulkChannel:
+        with self._lock:
+            if not self._closed:
+                self._in_use.add(channel)
+                return channel
+        channel.close()
+        raise PeerUnreachable(channel.peer, "this side is stopping")
 
     def release(
         self, node: str, host: str, port: int, channel: BulkChannel, *, hop: int = 0
     ) -> None:
         """Gives a channel back after a complete exchange; a broken one is closed."""
         with self._lock:
+            self._in_use.discard(channel)
             if not (channel.broken or self._closed):
                 channel.idle_since_s = time.monotonic()
                 self._idle.setdefault((node, host, port, hop), []).append(channel)
@@ -210,13 +220,14 @@ class BulkConnector:
         channel.close()
 
     def close(self) -> None:
-        """Closes all idle channels; later ones are closed when they are released."""
+        """Closes all channels; whoever waits on one gets PeerUnreachable."""
         with self._lock:
             self._closed = True
-            idle, self._idle = self._idle, {}
-        for channels in idle.values():
-            for channel in channels:
-                channel.close()
+            channels = [*self._in_use, *(c for idle in self._idle.values() for c in idle)]
+            self._idle.clear()
+            self._in_use.clear()
+        for channel in channels:
+            channel.close()
 
     def _take_idle(self, key: tuple[str, str, int, int]) -> BulkChannel | None:
         with self._lock:
@@ -347,3 +358,29 @@ class ShardSender:
             if report is None or report.state == "receiving":
                 return node
         return self._channel.peer
+
+
+def push_shard(channel: BulkChannel, request: messages.PushShard) -> tuple[CopyReport, ...]:
+    """Asks the node at the other end to send a shard that it has to other nodes; their reports.
+
+    Raises PeerError when it cannot or stalls."""
+    channel.send(request)
+    last: tuple[CopyReport, ...] = ()
+    changed_s = time.monotonic()
+    try:
+        while True:
+            left_s = changed_s + limits.STALL_TIMEOUT_S - time.monotonic()
+            if left_s <= 0 or not channel.wait_for_frame(left_s):
+                raise PeerStalled(channel.peer, "no progress of a push within the deadline")
+            _, message = channel.receive()
+            if isinstance(message, messages.PutResult):
+                return message.reports
+            if not isinstance(message, messages.Progress):
+                raise refusal(channel.peer, message)
+            if message.reports != last:
+                last, changed_s = message.reports, time.monotonic()
+    except PeerRefused:
+        raise  # a complete answer: the channel is as good as before
+    except BaseException:
+        channel.broken = True
+        raise

@@ -1,0 +1,197 @@
+"""Hashing a source once: the SHA-256 of each shard and of each file from the same reading."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from ckptd.client.source import File, Source
+from ckptd.core.cutting import Piece, ShardPlan
+from ckptd.errors import SourceChanged
+
+BLOCK_BYTES: Final = 1024 * 1024
+_OPEN_FILES_MAX: Final = 16
+
+
+@dataclass(frozen=True)
+class HashedShard:
+    """A shard of a source: where its bytes are, and what they hash to."""
+
+    digest: bytes
+    size: int
+    pieces: tuple[Piece, ...]
+
+
+class OpenFiles:
+    """The files of a source, opened when needed; the last few stay open."""
+
+    def __init__(self, files: list[File]) -> None:
+        self._files = files
+        self._open: OrderedDict[int, int] = OrderedDict()
+
+    def descriptor(self, index: int) -> int:
+        """The descriptor of file number `index`. Raises SourceChanged."""
+        descriptor = self._open.pop(index, -1)
+        if descriptor < 0:
+            if len(self._open) >= _OPEN_FILES_MAX:
+                os.close(self._open.popitem(last=False)[1])
+            descriptor = self._files[index].open()
+        self._open[index] = descriptor
+        return descriptor
+
+    def read_into(self, index: int, view: memoryview, offset: int) -> int:
+        """Fills `view` from `offset` on; at least one byte. Raises SourceChanged at the end."""
+        try:
+            count = os.preadv(self.descriptor(index), [view], offset)
+        except OSError as error:
+            raise SourceChanged(f"{self._files[index].location}: {error.strerror}") from error
+        if not count:
+            raise SourceChanged(f"{self._files[index].location} became shorter")
+        return count
+
+    def close(self) -> None:
+        """Closes all of them."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+class SourceHasher:
+    """Reads a source in the order of its shards.
+
+    The hash of a file follows its pieces while they come in order. What lies between them (a
+    header that is packed later, say) is read in addition, so that a file's hash always covers the
+    file from its start to its end.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._hashes = {}  # type: dict[int, tuple[hashlib._Hash, int]]
+        self._finished: dict[int, str] = {}
+        self._buffer = memoryview(bytearray(BLOCK_BYTES))
+
+    def shards(
+        self, plans: Iterator[ShardPlan], on_bytes: Callable[[int], None]
+    ) -> Iterator[HashedShard]:
+        """The hashed shards one by one. Blocks on the disk. Raises SourceChanged."""
+        files = OpenFiles(self._source.files)
+        try:
+            for plan in plans:
+                shard = hashlib.sha256()
+                for piece in plan.pieces:
+                    self._hash_piece(files, piece, shard)
+                    on_bytes(piece.length)
+                yield HashedShard(shard.digest(), plan.size, plan.pieces)
+            for index in range(len(self._source.files)):
+                self._catch_up(files, index, self._source.files[index].size)
+        finally:
+            files.close()
+
+    def file_hashes(self) -> list[str]:
+        """SHA-256 of each file, once `shards` is exhausted."""
+        return [self._hashes_of(index) for index in range(len(self._source.files))]
+
+    def _hashes_of(self, index: int) -> str:
+        hashed, position = self._hashes.get(index, (hashlib.sha256(), 0))
+        assert position == self._source.files[index].size
+        return hashed.hexdigest()
+
+    def _hash_piece(self, files: OpenFiles, piece: Piece, shard: hashlib._Hash) -> None:
+        self._catch_up(files, piece.file_index, piece.offset)
+        whole, position = self._hashes.get(piece.file_index, (hashlib.sha256(), 0))
+        offset, end = piece.offset, piece.offset + piece.length
+        while offset < end:
+            view = self._buffer[: min(BLOCK_BYTES, end - offset)]
+            count = files.read_into(piece.file_index, view, offset)
+            shard.update(view[:count])
+            if offset == position:
+                whole.update(view[:count])
+                position += count
+            offset += count
+        self._hashes[piece.file_index] = (whole, position)
+
+    def _catch_up(self, files: OpenFiles, index: int, offset: int) -> None:
+        """Hashes the file itself up to `offset`, where its next piece begins."""
+        whole, position = self._hashes.get(index, (hashlib.sha256(), 0))
+        while position < offset:
+            view = self._buffer[: min(BLOCK_BYTES, offset - position)]
+            count = files.read_into(index, view, position)
+            whole.update(view[:count])
+            position += count
+        self._hashes[index] = (whole, position)
+
+
+class PieceReader:
+    """The bytes of one shard, read from the files of the source. One thread at a time."""
+
+    def __init__(self, source: Source, shard: HashedShard) -> None:
+        self._files = OpenFiles(source.files)
+        self._pieces = shard.pieces
+        self._starts: list[int] = []
+        start = 0
+        for piece in shard.pieces:
+            self._starts.append(start)
+            start += piece.length
+        self._current = 0
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """As ShardSource of `ckptd.net.bulk`. Raises SourceChanged."""
+        while offset >= self._starts[self._current] + self._pieces[self._current].length:
+            self._current += 1
+        while offset < self._starts[self._current]:
+            self._current -= 1
+        piece = self._pieces[self._current]
+        inside = offset - self._starts[self._current]
+        view = buffer[: min(len(buffer), piece.length - inside)]
+        return self._files.read_into(piece.file_index, view, piece.offset + inside)
+
+    def digest(self) -> bytes:
+        """SHA-256 of the shard as the files are now."""
+        hashed = hashlib.sha256()
+        size = self._starts[-1] + self._pieces[-1].length
+        buffer = memoryview(bytearray(BLOCK_BYTES))
+        offset = 0
+        while offset < size:
+            count = self.read_into(buffer, offset)
+            hashed.update(buffer[:count])
+            offset += count
+        return hashed.digest()
+
+    def close(self) -> None:
+        self._files.close()
+
+
+class BytesReader:
+    """A shard that is in memory: the tensor index."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = memoryview(content)
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """As ShardSource of `ckptd.net.bulk`."""
+        count = min(len(buffer), len(self._content) - offset)
+        buffer[:count] = self._content[offset : offset + count]
+        return count
+
+    def digest(self) -> bytes:
+        """SHA-256 of the bytes."""
+        return hashlib.sha256(self._content).digest()
+
+    def close(self) -> None:
+        self._content.release()
+
+
+def hash_file(file: File) -> str:
+    """SHA-256 of a file as it is now. Raises SourceChanged."""
+    descriptor = file.open()
+    try:
+        hashed = hashlib.sha256()
+        buffer = memoryview(bytearray(BLOCK_BYTES))
+        while count := os.readv(descriptor, [buffer]):
+            hashed.update(buffer[:count])
+        return hashed.hexdigest()
+    finally:
+        os.close(descriptor)
