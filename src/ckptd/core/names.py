@@ -168,13 +168,9 @@ def check_symlink_target(path: str, target: str) -> str:
     if not encoded:
         raise NameRefused(f"symlink {_shown(path)} has an empty target")
     if len(encoded) > limits.PATH_IN_CHECKPOINT_MAX_BYTES:
-        raise NameRefused(
-            f"symlink {_shown(path)} has a target of {len(encoded)} bytes"
-        )
+        raise NameRefused(f"symlink {_shown(path)} has a target of {len(encoded)} bytes")
     if not symlink_stays_inside(path, target):
-        raise NameRefused(
-            f"symlink {_shown(path)} leaves the checkpoint: {_shown(target)}"
-        )
+        raise NameRefused(f"symlink {_shown(path)} leaves the checkpoint: {_shown(target)}")
     return target
 
 
@@ -236,9 +232,7 @@ def _path_bytes(path: str) -> bytes:
     try:
         encoded = path.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        raise NameRefused(
-            f"path {_shown(path)} has a surrogate that stands for no byte"
-        ) from None
+        raise NameRefused(f"path {_shown(path)} has a surrogate that stands for no byte") from None
     if encoded.decode("utf-8", "surrogateescape") != path:
         raise NameRefused(f"path {_shown(path)} spells UTF-8 as undecodable bytes")
     if b"\0" in encoded:

@@ -9,7 +9,7 @@ accepted here, except that these are refused, all of which its own writer never 
 - one name twice in any object (the library keeps the last one silently);
 - white space before the "{" (the format forbids it);
 - a tensor described by a list, a dtype spelled as an object, any other nested object, or over 100
-  lists in one description (the library stops at 125 levels of them);
+  "[" in one description (the library stops at 125 levels of lists);
 - lone surrogates in keys or values that nobody looks at;
 - over `TENSORS_PER_FILE_MAX` tensors, `TENSOR_DIMENSIONS_MAX` dimensions, and names, descriptions
   or metadata longer than their limits, so that a header never unfolds to many times its size.
@@ -284,7 +284,7 @@ def _metadata(value: bytes) -> dict[str, str]:
 def _described(name: str, value: bytes, data_start: int) -> Tensor:
     where = f"tensor {_shown(name)}"
     if value.count(b"[") > _LISTS_PER_DESCRIPTION_MAX:  # how deep Python decodes differs by version
-        raise HeaderInvalid(f"{where} has over {_LISTS_PER_DESCRIPTION_MAX} lists")
+        raise HeaderInvalid(f"{where} has over {_LISTS_PER_DESCRIPTION_MAX} times a [")
     fields = _decoded(value, where)
     if fields is None:
         raise HeaderInvalid(f"{where} is not described by a flat JSON object")

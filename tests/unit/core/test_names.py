@@ -96,18 +96,12 @@ def test_an_accepted_name_never_leaves_the_directory_that_it_is_joined_to(
         check_name(name)
     except NameRefused:
         return
-    assert (
-        os.path.normpath(os.path.join("/root/of/all", name)) == f"/root/of/all/{name}"
-    )
+    assert os.path.normpath(os.path.join("/root/of/all", name)) == f"/root/of/all/{name}"
 
 
 def test_selectors() -> None:
-    assert parse_selector("run/c@0123abcd") == Selector(
-        "run/c", version_prefix="0123abcd"
-    )
-    assert parse_selector("run/c@" + "AB" * 32) == Selector(
-        "run/c", version_prefix="ab" * 32
-    )
+    assert parse_selector("run/c@0123abcd") == Selector("run/c", version_prefix="0123abcd")
+    assert parse_selector("run/c@" + "AB" * 32) == Selector("run/c", version_prefix="ab" * 32)
     assert parse_selector("run@latest") == Selector("run", which="latest")
     assert parse_selector("run@best") == Selector("run", which="best")
     assert Selector("run", which="best") != Selector("run", which="latest")
@@ -301,12 +295,10 @@ def test_collisions_by_case() -> None:
 
 def test_collisions_by_unicode_form() -> None:
     composed, decomposed = "\u00e9", "e\u0301"
-    assert colliding(
-        [composed, decomposed], case_insensitive=False, normalize=True
-    ) == [(composed, decomposed)]
-    assert (
-        colliding([composed, decomposed], case_insensitive=True, normalize=False) == []
-    )
+    assert colliding([composed, decomposed], case_insensitive=False, normalize=True) == [
+        (composed, decomposed)
+    ]
+    assert colliding([composed, decomposed], case_insensitive=True, normalize=False) == []
     assert colliding(["\u00c9", decomposed], case_insensitive=True, normalize=True) == [
         ("\u00c9", decomposed)
     ]
@@ -314,9 +306,7 @@ def test_collisions_by_unicode_form() -> None:
 
 def test_directories_that_are_only_implied_collide_too() -> None:
     paths = ["run/A/x", "run/a/y", "run/a/z"]
-    assert colliding(paths, case_insensitive=True, normalize=False) == [
-        ("run/A", "run/a")
-    ]
+    assert colliding(paths, case_insensitive=True, normalize=False) == [("run/A", "run/a")]
 
 
 def test_one_path_given_twice_does_not_collide_with_itself() -> None:
