@@ -31,8 +31,8 @@ from ckptd.core.documents import (
     Unpin,
 )
 from ckptd.core.identity import Identity, Role
-from ckptd.core.names import VERSION_PREFIX_MIN_DIGITS, Selector, parse_selector
-from ckptd.errors import DocumentRefused, NotFound
+from ckptd.core.names import VERSION_PREFIX_MIN_DIGITS, Selector, check_name, parse_selector
+from ckptd.errors import DocumentRefused, NameRefused, NotFound
 
 _SUGGESTIONS_MAX: Final = 5
 
@@ -159,10 +159,17 @@ class Catalogue:
 
         For clients, which do not fetch every manifest. Such a header is a hint: its order does
         not count for `highest_order`; `add` replaces it by what the signed document says, and
-        `withdraw` takes it back when no node can show a valid document.
+        `withdraw` takes it back when no node can show a valid document. Raises DocumentRefused
+        for a name that no manifest may have, or a time that could confuse a terminal.
         """
         if header.id in self._headers:
             return False
+        try:
+            check_name(header.name)
+        except NameRefused as error:
+            raise DocumentRefused(f"a manifest's header is refused: {error}") from error
+        if not header.created.isprintable():
+            raise DocumentRefused(f"a manifest's header has the time {header.created!a}")
         self._insert(header)
         self._insert_version(header)
         self._unverified.add(header.id)
@@ -298,7 +305,8 @@ class Catalogue:
 
     def newest(self, name: str) -> VersionHeader | None:
         """The newest live version of a name."""
-        return next(iter(self.versions(name)), None)
+        found = reversed(self._versions.get(name, ()))
+        return next((v for v in found if v.id not in self._tombstones), None)
 
     def names(self, run: str | None = None) -> list[str]:
         """The names with a live version, sorted; only those of one run if it is given."""

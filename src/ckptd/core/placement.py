@@ -163,12 +163,20 @@ class Placement:
         """The set that is done soonest out of the few planned ones, if one keeps the room."""
         if already:
             members = already.union(pool)
-            sets = [s - already for s in self._sets if already < s <= members]
+            sets = [*self._sets, *self._plan_with(members)]
+            sets = [s - already for s in sets if already < s <= members]
             sets = [s for s in sets if len({self._machine[node] for node in s}) == copies]
         else:
             sets = self._plan(pool, copies)
         ranked = sorted(sets, key=lambda s: soonest(s, self._speed, self._queued, size_bytes))
         return next((s for s in ranked if self._keeps_room(s, pool, copies, size_bytes)), None)
+
+    def _plan_with(self, members: Copyset) -> list[Copyset]:
+        """The planned sets of these nodes, none if some are unknown or too few."""
+        if not members <= self._room.keys():
+            return []
+        enough = len({self._machine[node] for node in members}) >= self._copies
+        return self._plan(sorted(members), self._copies) if enough else []
 
     def _plan(self, pool: list[str], copies: int) -> list[Copyset]:
         key = frozenset(pool)

@@ -398,6 +398,16 @@ def test_an_unverified_header_can_be_withdrawn_and_nothing_else() -> None:
         catalogue.withdraw(identified(kept))
 
 
+@pytest.mark.parametrize("change", [{"name": "a//b"}, {"name": "\x1b[2J"}, {"created": "\x1b[2J"}])
+def test_an_unverified_header_that_no_manifest_could_have_is_refused(
+    change: dict[str, str],
+) -> None:
+    catalogue = Catalogue(CLUSTER)
+    with pytest.raises(DocumentRefused, match="header"):
+        catalogue.add_unverified(replace(header_of(manifest()), **change))
+    assert len(catalogue) == 0
+
+
 # -- selectors
 
 

@@ -284,6 +284,17 @@ def test_a_missing_copy_goes_where_a_set_is_complete_again() -> None:
     assert len(placement.choose(SHARD, already=["stranger"])) == 1
 
 
+@pytest.mark.parametrize(("holder", "partner"), [("n0", "n1"), ("n2", "n3"), ("n3", "n2")])
+def test_a_first_repair_completes_the_sets_that_a_store_would_use(
+    holder: str, partner: str
+) -> None:
+    assert Placement(nodes(35, 35, 35, 35), 2).choose(SHARD, already=[holder]) == (partner,)
+
+
+def test_a_repair_with_too_few_machines_places_what_it_can() -> None:
+    assert Placement(nodes(35, 35), 3).choose(SHARD, already=["n0"]) == ("n1",)
+
+
 def test_the_sets_of_earlier_versions_are_used_again() -> None:
     first = Placement(nodes(35, 34, 33, 32), 2)
     fill(first, 10)
