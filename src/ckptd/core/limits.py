@@ -99,7 +99,6 @@ SHUTDOWN_TIMEOUT_S: Final = 10.0  # transfers under way may finish within this a
 BUSY_RETRY_S: Final = 0.2
 
 # Store
-DOCUMENT_SIGNATURE_MAX_BYTES: Final = 16 * KIB  # certificate and signature of one document
 STORE_MARKER_MAX_BYTES: Final = 4 * KIB
 STORE_READ_PIECE_BYTES: Final = 1 * MIB  # of what is re-read and hashed
 STORE_IGNORED_NAMES_MAX: Final = 100  # files that are not ours: kept for the report, rest counted
@@ -134,3 +133,7 @@ RETRY_PAUSE_MAX_S: Final = 5.0
 BUSY_GIVE_UP_S: Final = 300.0  # nodes that are busy with others are waited for this long
 COMMIT_ROUNDS_MAX: Final = 5
 SHARDS_AHEAD_MAX: Final = 128  # hashed and waiting to be sent
+SHARDS_PER_VERIFY: Final = 64  # in one question
+
+# Questions of a client
+MANIFESTS_AT_ONCE: Final = 8  # fetched and checked at the same time, 16 MiB each at most

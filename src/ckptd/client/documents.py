@@ -1,0 +1,119 @@
+"""Writing documents: which order a new one gets, and how it reaches the nodes.
+
+Headers that nodes tell of are hints, and a worker may lie. So whatever a document says about other
+documents is read from their signed bytes first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Mapping
+
+from ckptd.client.cluster import Cluster, Node
+from ckptd.core import limits
+from ckptd.core.catalogue import Catalogue, VersionHeader
+from ckptd.core.documents import Manifest, UnknownDocument, document_id
+from ckptd.errors import (
+    DocumentRefused,
+    NotAuthorized,
+    NotEnoughNodes,
+    NotFound,
+    ProtocolError,
+    Refused,
+)
+from ckptd.wire import messages
+
+
+async def next_order(cluster: Cluster, catalogue: Catalogue, now_ms: int) -> int:
+    """The order of a new document: above every order in use, and not below the clock.
+
+    `now_ms` is this machine's clock in milliseconds. Manifests whose headers claim an order above
+    it are fetched and checked before they count; what no node can show is withdrawn from
+    `catalogue`.
+    """
+    while claims := catalogue.unverified_above(max(now_ms, catalogue.highest_order)):
+        await confirm(cluster, catalogue, claims[: limits.MANIFESTS_AT_ONCE])
+    return max(now_ms, 1 + catalogue.highest_order)
+
+
+async def confirm(
+    cluster: Cluster, catalogue: Catalogue, versions: Iterable[VersionHeader]
+) -> list[VersionHeader]:
+    """The versions whose manifest some node can show: hash, signature and author checked.
+
+    Their headers, here and in `catalogue`, are then what the signed documents say, which may be
+    another name. The others are withdrawn from `catalogue`.
+    """
+    slots = asyncio.Semaphore(limits.MANIFESTS_AT_ONCE)
+
+    async def check(version: VersionHeader) -> VersionHeader | None:
+        try:
+            async with slots:
+                _, document, author = cluster.admit(await cluster.signed(version.id))
+        except NotFound:
+            document = None
+        if not isinstance(document, Manifest):
+            with contextlib.suppress(KeyError):  # it came signed, and was dropped since
+                catalogue.withdraw(version.id)
+            return None
+        catalogue.add(version.id, document, author=author)
+        return catalogue.version(version.id)
+
+    checked = await asyncio.gather(*(check(version) for version in versions))
+    return [version for version in checked if version is not None]
+
+
+async def publish(cluster: Cluster, raw: bytes) -> dict[str, messages.PutDocumentResult]:
+    """Signs the document `raw` and sends it to all workers at once; their answers by node id.
+
+    A result with an empty `refused` says that the document is durable there. Workers that do not
+    answer within limits.REQUEST_TIMEOUT_S, or confirm another document, become absent. Raises
+    NotAuthorized, before anything is sent, when this certificate may not write such a document.
+    """
+    signed = messages.SignedDocument(raw, cluster.signer.sign(raw))
+    try:
+        wanted, document, _ = cluster.admit(signed)
+    except DocumentRefused as error:
+        raise NotAuthorized(error.message, next=_OTHER_CERTIFICATE) from error
+    assert not isinstance(document, UnknownDocument), "only documents of this version are written"
+    payload = messages.encode_documents((signed,))
+
+    async def put(node: Node) -> messages.PutDocumentResult:
+        reply, _ = await node.control.request(
+            messages.PutDocuments(1), messages.PutDocumentsReply, payload=payload
+        )
+        if len(reply.results) != 1:
+            raise ProtocolError(node.id, f"gave {len(reply.results)} results for one document")
+        result = reply.results[0]
+        if not result.refused and result.id.hex() != wanted:
+            raise ProtocolError(node.id, f"confirmed document {result.id.hex()}, not {wanted}")
+        return result
+
+    return await cluster.ask_all(put)
+
+
+def stored_on(results: Mapping[str, messages.PutDocumentResult]) -> list[str]:
+    """The nodes on which a published document is durable, by id."""
+    return sorted(node for node, result in results.items() if not result.refused)
+
+
+async def publish_somewhere(cluster: Cluster, raw: bytes) -> list[str]:
+    """As `publish`; the nodes on which it is durable now. The others get it from them.
+
+    Raises NotEnoughNodes when no worker answered, Refused when all that answered refused.
+    """
+    cluster.require_nodes()
+    results = await publish(cluster, raw)
+    stored = stored_on(results)
+    if stored:
+        return stored
+    if not results:
+        raise NotEnoughNodes(
+            f"no node took document {document_id(raw)}: none answered", next="ckptd doctor"
+        )
+    reasons = "; ".join(f"{node}: {results[node].refused}" for node in sorted(results))
+    raise Refused(f"no node took document {document_id(raw)}: {reasons}", next="ckptd doctor")
+
+
+_OTHER_CERTIFICATE = "ckptd pki issue client ID   (and name it under tls in the config)"
