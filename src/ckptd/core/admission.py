@@ -65,10 +65,8 @@ def _may_say(author: Identity, document: Document | UnknownDocument) -> bool:
             return may_author(author, DocumentKind.PIN)
         case Unpin():
             return may_author(author, DocumentKind.UNPIN)
-        case Member():
-            return may_author(
-                author, DocumentKind.MEMBER, about=document.node
-            ) and author.roles.issuperset(document.roles)
+    about_itself = may_author(author, DocumentKind.MEMBER, about=document.node)
+    return about_itself and author.roles.issuperset(document.roles)
 
 
 def _description(document: Document | UnknownDocument) -> str:

@@ -12,6 +12,7 @@ from typing import Final
 
 from msgspec import Struct
 
+from ckptd.core.bitmaps import unpack
 from ckptd.core.machines import MachineKey, machine_key
 
 
@@ -108,19 +109,17 @@ def holders_from_bitmaps(
 ) -> tuple[frozenset[str], ...]:
     """Who holds each of a manifest's shards, from one bitmap per node.
 
-    Bit i of a bitmap (of byte i // 8, least significant first) says whether shard i is there. Bits
-    that a bitmap lacks count as unset, those past the last shard are ignored.
+    Bits that a bitmap lacks count as unset, those past the last shard are ignored
+    (`ckptd.core.bitmaps`).
     """
-    known: dict[frozenset[str], frozenset[str]] = {}
+    nodes = sorted(bitmaps)
+    columns = [unpack(bitmaps[node], shard_count) for node in nodes]
+    known: dict[tuple[bool, ...], frozenset[str]] = {}  # 100,000 shards are on few different sets
     rows = []
-    for index in range(shard_count):
-        byte, bit = divmod(index, 8)
-        holders = frozenset(
-            node
-            for node, bitmap in bitmaps.items()
-            if byte < len(bitmap) and bitmap[byte] >> bit & 1
-        )
-        rows.append(known.setdefault(holders, holders))  # 100,000 shards are on few different sets
+    for bits in zip(*columns, strict=True) if columns else ((),) * shard_count:
+        if bits not in known:
+            known[bits] = frozenset(node for node, bit in zip(nodes, bits, strict=True) if bit)
+        rows.append(known[bits])
     return tuple(rows)
 
 

@@ -18,11 +18,8 @@ from collections.abc import Callable, Iterable
 from sys import intern
 from typing import Final, Literal, TypeAlias
 
-from msgspec import Struct
-
 from ckptd.core.documents import (
     Document,
-    FileEntry,
     Manifest,
     Member,
     Pin,
@@ -30,87 +27,25 @@ from ckptd.core.documents import (
     UnknownDocument,
     Unpin,
 )
+from ckptd.core.headers import (
+    DocumentHeader,
+    TombstoneHeader,
+    VersionHeader,
+    age_of,
+    run_of,
+    version_header,
+)
 from ckptd.core.identity import Identity, Role
-from ckptd.core.names import VERSION_PREFIX_MIN_DIGITS, Selector, check_name, parse_selector
+from ckptd.core.names import Selector, check_name, parse_selector
 from ckptd.errors import DocumentRefused, NameRefused, NotFound
 
 _SUGGESTIONS_MAX: Final = 5
 
 
-class DocumentHeader(Struct, frozen=True, gc=False):
-    """What is kept of every document. `created` is for display only."""
-
-    id: str
-    kind: str
-    order: int
-    created: str
-
-
-class VersionHeader(DocumentHeader, frozen=True, gc=False):
-    """What is kept of a manifest; `id` is the version id.
-
-    `size` is the sum of the checkpoint's file sizes in bytes, `files` and `shards` are counts,
-    `copies` is the number that the manifest wants.
-    """
-
-    name: str
-    content_id: str
-    size: int
-    files: int
-    shards: int
-    copies: int
-    step: int | None
-    metrics: dict[str, float]
-
-    @property
-    def run(self) -> str:
-        """The run that this checkpoint belongs to, "" directly below a watched root."""
-        return run_of(self.name)
-
-    @property
-    def label(self) -> str:
-        """NAME@VERSION with the shortest prefix that the command line takes, for messages."""
-        return f"{self.name}@{self.id[:VERSION_PREFIX_MIN_DIGITS]}"
-
-
-class TombstoneHeader(DocumentHeader, frozen=True, gc=False):
-    """What is kept of a tombstone besides the ids of the versions that it declares dead."""
-
-    reason: Literal["rm", "retention"]
-    justified_by: str | None
-
+__all__ = ["Accept", "Best", "Catalogue", "DocumentHeader", "TombstoneHeader", "VersionHeader"]
 
 Accept: TypeAlias = Callable[[VersionHeader], bool]
 Best: TypeAlias = tuple[str, Literal["min", "max"]]
-
-
-def run_of(name: str) -> str:
-    """The run of the checkpoint `name`: everything before its last segment, "" if there is one."""
-    return name.rpartition("/")[0]
-
-
-def version_header(version_id: str, manifest: Manifest) -> VersionHeader:
-    """The header of a manifest."""
-    files = [entry for entry in manifest.entries if isinstance(entry, FileEntry)]
-    return VersionHeader(
-        id=version_id,
-        kind="manifest",
-        order=manifest.order,
-        created=manifest.created,
-        name=intern(manifest.name),
-        content_id=manifest.content_id,
-        size=sum(entry.size for entry in files),
-        files=len(files),
-        shards=len(manifest.shards),
-        copies=manifest.copies,
-        step=manifest.step,
-        metrics={intern(metric): value for metric, value in manifest.metrics.items()},
-    )
-
-
-def _age(header: DocumentHeader) -> tuple[int, str]:
-    """Sorts oldest first. The id breaks ties, so that every node sorts alike."""
-    return header.order, header.id
 
 
 class Catalogue:
@@ -194,7 +129,7 @@ class Catalogue:
         """
         claims = (self._headers[version_id] for version_id in self._unverified)
         above = [c for c in claims if isinstance(c, VersionHeader) and c.order > order]
-        return sorted(above, key=_age, reverse=True)
+        return sorted(above, key=age_of, reverse=True)
 
     def _insert(self, header: DocumentHeader) -> None:
         self._headers[header.id] = header
@@ -202,7 +137,7 @@ class Catalogue:
         self._digest = None
 
     def _insert_version(self, header: VersionHeader) -> None:
-        insort(self._versions.setdefault(header.name, []), header, key=_age)
+        insort(self._versions.setdefault(header.name, []), header, key=age_of)
 
     def _index(self, document_id: str, document: Document | UnknownDocument) -> DocumentHeader:
         """Files the document under everything that it is asked for by; returns its header."""
@@ -218,17 +153,16 @@ class Catalogue:
                 return self._index_tombstone(document_id, document)
             case Pin():
                 header = DocumentHeader(document_id, "pin", document.order, document.created)
-                insort(self._pins.setdefault(document.version, []), header, key=_age)
+                insort(self._pins.setdefault(document.version, []), header, key=age_of)
                 return header
             case Unpin():
                 self._unpinned.update(document.pins)
                 return DocumentHeader(document_id, "unpin", document.order, document.created)
-            case Member():
-                age = (document.order, document_id)
-                known = self._members.get(document.node)
-                if known is None or age > known[0]:
-                    self._members[document.node] = (age, document)
-                return DocumentHeader(document_id, "member", document.order, document.created)
+        age = (document.order, document_id)
+        known = self._members.get(document.node)
+        if known is None or age > known[0]:
+            self._members[document.node] = (age, document)
+        return DocumentHeader(document_id, "member", document.order, document.created)
 
     def _index_tombstone(self, document_id: str, document: Tombstone) -> TombstoneHeader:
         header = TombstoneHeader(
@@ -241,7 +175,7 @@ class Catalogue:
         )
         for version_id in set(document.versions):
             tombstones = (*self._tombstones.get(version_id, ()), header)
-            self._tombstones[version_id] = tuple(sorted(tombstones, key=_age))
+            self._tombstones[version_id] = tuple(sorted(tombstones, key=age_of))
         return header
 
     # -- what is known
@@ -330,7 +264,7 @@ class Catalogue:
         return next((v for v in versions if accept is None or accept(v)), None)
 
     def _newest_first(self, names: Iterable[str]) -> list[VersionHeader]:
-        return sorted((v for name in names for v in self.versions(name)), key=_age, reverse=True)
+        return sorted((v for name in names for v in self.versions(name)), key=age_of, reverse=True)
 
     # -- marks
 
@@ -421,7 +355,7 @@ class Catalogue:
         metric, mode = best
         sign = 1.0 if mode == "max" else -1.0
         found = [
-            (sign * version.metrics[metric], _age(version), version)
+            (sign * version.metrics[metric], age_of(version), version)
             for version in versions
             if not math.isnan(version.metrics.get(metric, math.nan))
             and (accept is None or accept(version))

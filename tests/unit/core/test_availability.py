@@ -77,6 +77,10 @@ def test_bitmaps_tell_who_holds_what(shards: list[set[str]], spare_bytes: int) -
     assert holders_from_bitmaps(bitmaps, len(shards)) == tuple(frozenset(s) for s in shards)
 
 
+def test_without_bitmaps_nobody_holds_anything() -> None:
+    assert holders_from_bitmaps({}, 2) == (frozenset(), frozenset())
+
+
 def test_a_short_bitmap_has_nothing_more() -> None:
     assert holders_from_bitmaps({"a": b"\x01", "b": b""}, 9) == (
         frozenset("a"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ckptd.core.catalogue import Catalogue, TombstoneHeader, VersionHeader, version_header
+from ckptd.core.catalogue import Catalogue, TombstoneHeader, VersionHeader
 from ckptd.core.documents import (
     DirectoryEntry,
     Document,
@@ -30,6 +30,7 @@ from ckptd.core.documents import (
     document_id,
     encode,
 )
+from ckptd.core.headers import version_header
 from ckptd.core.identity import Identity, Role
 from ckptd.core.names import Selector
 from ckptd.errors import DocumentRefused, NameRefused, NotFound
