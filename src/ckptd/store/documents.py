@@ -74,7 +74,7 @@ class DocumentFiles:
         self._medium.require()
         if len(document) > limits.DOCUMENT_MAX_BYTES:
             raise DocumentRefused(f"document {document_id} has {len(document)} bytes: too long")
-        if len(signature) > limits.DOCUMENT_SIGNATURE_MAX_BYTES:
+        if len(signature) > limits.SIGNATURE_ENVELOPE_MAX_BYTES:
             raise DocumentRefused(f"signature of {document_id} has {len(signature)} bytes")
         if hashlib.sha256(document).hexdigest() != document_id:
             raise IntegrityError(f"the bytes offered as document {document_id} have another hash")
@@ -139,7 +139,7 @@ class DocumentFiles:
         signature_path = layout.signature_path(self._path, document_id)
         with self._medium.operation(f"read document {document_id}"):
             document = self._read(document_path, limits.DOCUMENT_MAX_BYTES, uncached)
-            signature = self._read(signature_path, limits.DOCUMENT_SIGNATURE_MAX_BYTES, uncached)
+            signature = self._read(signature_path, limits.SIGNATURE_ENVELOPE_MAX_BYTES, uncached)
         if document is not None and hashlib.sha256(document).hexdigest() != document_id:
             document = None
         return document, signature

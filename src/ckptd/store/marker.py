@@ -21,7 +21,7 @@ from ckptd.store.filesystem import OPERATING_SYSTEM, FileSystem
 from ckptd.store.medium import Medium
 from ckptd.store.quarantine import Quarantine
 
-MARKER_FORMAT: Final = "ckptd-store-v1"
+MARKER_FORMAT: Final = "ckptd-store-1"
 _STORE_ID = re.compile(r"[0-9a-f]{32}\Z")
 # What a directory may hold and still become a store: the file system's own directory, and what an
 # init that was cut off has left.

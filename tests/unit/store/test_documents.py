@@ -71,7 +71,7 @@ def test_bytes_that_are_not_the_document_are_refused(
     with pytest.raises(DocumentRefused):
         documents.put(DOCUMENT_ID, bytes(limits.DOCUMENT_MAX_BYTES + 1), SIGNATURE)
     with pytest.raises(DocumentRefused):
-        documents.put(DOCUMENT_ID, DOCUMENT, bytes(limits.DOCUMENT_SIGNATURE_MAX_BYTES + 1))
+        documents.put(DOCUMENT_ID, DOCUMENT, bytes(limits.SIGNATURE_ENVELOPE_MAX_BYTES + 1))
     assert os.listdir(catalogue) == [] and documents.ids() == []
 
 

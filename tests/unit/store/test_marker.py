@@ -20,7 +20,7 @@ def test_the_marker_is_what_the_format_says(tmp_path: Path) -> None:
     assert init_store(str(tmp_path / "store"), store_id=STORE_ID) == STORE_ID
     marker = tmp_path / "store" / "ckptd-store.json"
     assert marker.read_bytes() == (
-        b'{"format": "ckptd-store-v1", "store_id": "0123456789abcdef0123456789abcdef"}\n'
+        b'{"format": "ckptd-store-1", "store_id": "0123456789abcdef0123456789abcdef"}\n'
     )
     assert os.listdir(tmp_path / "store") == ["ckptd-store.json"]
 
@@ -81,9 +81,9 @@ def test_without_a_marker_nothing_is_opened_and_nothing_written(tmp_path: Path) 
         b"{",
         b"[]",
         b"\xff\xfe",
-        b'{"format": "ckptd-store-v2", "store_id": "0123456789abcdef0123456789abcdef"}',
-        b'{"format": "ckptd-store-v1", "store_id": "short"}',
-        b'{"format": "ckptd-store-v1", "store_id": 7}',
+        b'{"format": "ckptd-store-2", "store_id": "0123456789abcdef0123456789abcdef"}',
+        b'{"format": "ckptd-store-1", "store_id": "short"}',
+        b'{"format": "ckptd-store-1", "store_id": 7}',
     ],
 )
 def test_a_damaged_marker_is_neither_trusted_nor_replaced(tmp_path: Path, content: bytes) -> None:

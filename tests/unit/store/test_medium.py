@@ -96,7 +96,7 @@ def test_another_store_mounted_in_its_place_fails_the_disk() -> None:
     disk.mkdir("/disk")
     with make_store("/disk/store", disk) as directory:
         marker = disk.open("/disk/store/ckptd-store.json", os.O_RDWR)
-        text = b'{"format": "ckptd-store-v1", "store_id": "%s"}\n' % (b"f" * 32)
+        text = b'{"format": "ckptd-store-1", "store_id": "%s"}\n' % (b"f" * 32)
         disk.pwrite(marker, memoryview(text), 0)
         assert directory.medium.check() is False
         assert "another store" in str(directory.medium.failed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -240,3 +241,34 @@ def test_a_copy_that_cannot_be_moved_counts_no_more(tmp_path: Path) -> None:
         with pytest.raises(MediumFailed):
             store.verify(DIGEST, pause_s=0)
         assert len(store) == 0
+
+
+def test_a_copy_moved_while_it_is_committed_is_not_counted_afterwards(tmp_path: Path) -> None:
+    """A commit between rename and index, and a verify that finds the new file bad: whatever the
+    order, the store must not count a file that lies in quarantine."""
+    renamed, go_on = threading.Event(), threading.Event()
+    disk = LyingReads()
+    writer: threading.Thread | None = None
+
+    def before(call: Call) -> None:
+        if call.name == "fsync_directory" and threading.current_thread() is writer:
+            renamed.set()
+            assert go_on.wait(30)
+
+    with make_store(str(tmp_path / "store"), Hooked(disk, before).port) as directory:
+        store = ShardStore(directory, reserve=0)
+        put_shard(store, FIRST)
+        writer = threading.Thread(target=put_shard, args=(store, FIRST))
+        writer.start()
+        assert renamed.wait(30)
+        disk.lies = 2
+        checker = threading.Thread(target=store.verify, args=(DIGEST,), kwargs={"pause_s": 0})
+        checker.start()
+        # Until it waits for the commit, or (which would be wrong) has not waited for it.
+        while checker.is_alive() and not getattr(store._changed, "_waiters"):  # noqa: B009
+            checker.join(0.001)
+        go_on.set()
+        writer.join(30)
+        checker.join(30)
+        assert len(store.quarantined()) == 1
+        assert not store.has(DIGEST)
