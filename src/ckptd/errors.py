@@ -68,7 +68,11 @@ class ConfigError(CkptdError):
     kind = "config"
 
     def __init__(
-        self, key: str, message: str, *, next: str = "ckptd config check"
+        self,
+        key: str,
+        message: str,
+        *,
+        next: str = "ckptd config check",  # noqa: A002
     ) -> None:
         super().__init__(f"{key}: {message}" if key else message, next=next)
         self.key = key

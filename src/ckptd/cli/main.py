@@ -17,6 +17,7 @@ COMMANDS: Final = {
     "serve": ("ckptd.cli.serve:serve", "run this node"),
     "local": ("ckptd.cli.local:local", "an embedded cluster on this machine"),
     "config": ("ckptd.cli.config:config", "validate a config"),
+    "store": ("ckptd.cli.store:store", "store a checkpoint"),
     "pki": ("ckptd.cli.pki:pki_commands", "the cluster's CA and certificates"),
     "completion": ("ckptd.cli.completion:completion", "shell completion"),
 }

@@ -26,7 +26,7 @@ from ckptd.core.documents import Document, Manifest, UnknownDocument
 from ckptd.core.identity import Identity, load_ca
 from ckptd.core.quantities import Address, parse_address
 from ckptd.core.signing import Signer
-from ckptd.errors import CkptdError, DocumentRefused, NotEnoughNodes, NotFound
+from ckptd.errors import CkptdError, DocumentRefused, NotEnoughNodes, NotFound, PeerError
 from ckptd.net.bulk import BulkConnector
 from ckptd.net.control import ControlClient, connect_control
 from ckptd.net.tls import check_peer, client_context
@@ -420,7 +420,7 @@ async def _reach_all(
         )
         for address_text, result in zip(batch, results, strict=True):
             if isinstance(result, CkptdError):
-                failures[address_text] = result.message
+                failures[address_text] = _reason(result)
             elif isinstance(result, BaseException):
                 raise result
             elif result.id in cluster.nodes:
@@ -446,6 +446,10 @@ async def _reach_all(
     for address_text, reason in failures.items():
         if address_text not in known:
             cluster.absent[address_text] = AbsentNode("", address_text, reason)
+
+
+def _reason(error: CkptdError) -> str:
+    return error.reason if isinstance(error, PeerError) else error.message
 
 
 def _fresher(view: messages.PeerView, other: messages.PeerView) -> bool:

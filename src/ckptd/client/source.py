@@ -111,11 +111,9 @@ class Source:
             for index, file in enumerate(self.files)
         ]
 
-    def racy(self) -> list[File]:
-        """Files whose times cannot prove that they held still."""
-        return [
-            file for file in self.files if file.fingerprint.mtime_ns > self.scanned_ns - RACY_NS
-        ]
+    def is_racy(self, file: File) -> bool:
+        """Whether the times of a file cannot prove that it held still."""
+        return file.fingerprint.mtime_ns > self.scanned_ns - RACY_NS
 
     def check(self) -> None:
         """Raises SourceChanged unless all files are unchanged, and no path came or went."""
@@ -252,7 +250,7 @@ def _read_headers(source: Source) -> None:
         descriptor = file.open()
         try:
             length = read_length(os.pread(descriptor, 8, 0), file.size)
-            header = parse_header(os.pread(descriptor, 8 + length, 0), file.size)
+            header = parse_header(os.pread(descriptor, length, 8), file.size)
         except HeaderInvalid as error:
             raise SourceRefused(
                 f"{file.location} is not a valid safetensors file: {error.message}",

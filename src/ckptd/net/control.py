@@ -425,7 +425,7 @@ async def connect_control(
         raise PeerUnreachable(meant, f"no answer at {address}") from error
     except OSError as error:  # ssl.SSLError is one
         _drop(protocol)
-        raise PeerUnreachable(meant, f"cannot connect to {address}: {error}") from error
+        raise PeerUnreachable(meant, f"cannot connect to {address}: {error.strerror or error}") from error
     except BaseException:
         _drop(protocol)
         raise
