@@ -13,13 +13,16 @@ must not hold two copies: a machine, or a zone.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Final, TypeAlias
+from typing import Final, TypeAlias, TypeVar
 
 SLOWDOWN_MAX: Final = 1.25
 _ROUNDING: Final = 1e-9
 _PREFERRED_MAX: Final = 16  # each is tried out, so there must not be many
 
+_ALIKE: Final = 1.5
+
 Copyset: TypeAlias = frozenset[str]
+_Key = TypeVar("_Key", bound=Hashable)
 
 
 def attainable_room(free_bytes: Sequence[int], copies: int) -> int:
@@ -101,11 +104,12 @@ def _families(
         family = _covering(usable[:_PREFERRED_MAX], speeds, groups, copies)
         if _sample_bytes_per_s(family, speeds) >= needed:
             yield _without_spare(family, speeds, needed)
-    for family in _disjoint(speeds, groups, copies):
-        slowest = (min(speeds[node] for node in copyset) for copyset in family)
-        if sum(slowest) >= needed * (1 - _ROUNDING):
-            yield _covering(family, speeds, groups, copies)
-            break
+    for order in (_fastest_first(speeds), _fastest_first(speeds, alike=1.0)):
+        for family in _disjoint(order, groups, copies):
+            slowest = (min(speeds[node] for node in copyset) for copyset in family)
+            if sum(slowest) >= needed * (1 - _ROUNDING):
+                yield _covering(family, speeds, groups, copies)
+                break
     for family in _overlapping(speeds, groups, copies, by_group, needed):
         yield _covering(family, speeds, groups, copies)
 
@@ -118,7 +122,7 @@ def _covering(
 ) -> list[Copyset]:
     """The family with sets of the nodes that are in none, so that no card stays idle: like speeds
     together, completed by the slowest of the others."""
-    fastest_first = sorted(speeds, key=lambda node: (-speeds[node], node))
+    fastest_first = _fastest_first(speeds)
     covered = frozenset[str]().union(*family)
     idle = [node for node in fastest_first if node not in covered]
     while idle:
@@ -155,11 +159,24 @@ def _sample_bytes_per_s(family: Sequence[Copyset], speeds: Mapping[str, float]) 
     return count / finish_s(family, speeds, count)
 
 
+def _fastest_first(speeds: Mapping[_Key, float], *, alike: float = _ALIKE) -> list[_Key]:
+    """Sorted by speed; those that differ by less than the factor `alike` from the fastest of them
+    are sorted by id, so that two measurements of the same cards give the same order."""
+    exact = sorted(speeds, key=lambda key: (-speeds[key], str(key)))
+    order: list[_Key] = []
+    while exact:
+        bound = speeds[exact[0]] / alike
+        order += sorted((key for key in exact if speeds[key] >= bound), key=str)
+        exact = [key for key in exact if speeds[key] < bound]
+    return order
+
+
 def _disjoint(
-    speeds: Mapping[str, float], groups: Mapping[str, Hashable], copies: int
+    order: Sequence[str], groups: Mapping[str, Hashable], copies: int
 ) -> Iterator[list[Copyset]]:
-    """One set, two, three…, like speeds together: this makes the sum of the slowest largest."""
-    left = sorted(speeds, key=lambda node: (-speeds[node], node))
+    """One set, two, three…, of neighbours in `order`: with like speeds together, the sum of the
+    slowest is largest."""
+    left = list(order)
     family: list[Copyset] = []
     while len(copyset := _first_of_groups(left, groups, copies)) == copies:
         family = [*family, copyset]
@@ -180,7 +197,8 @@ def _overlapping(
     time for, running on into the next row; the columns are the sets. The cells of a group follow
     each other and are at most `slots`, so that no column holds a group twice.
     """
-    order = sorted(speeds, key=lambda node: (-by_group[groups[node]], str(groups[node]), node))
+    rank = {group: place for place, group in enumerate(_fastest_first(by_group))}
+    order = sorted(speeds, key=lambda node: (rank[groups[node]], node))
     slots = 0
     while True:
         slots += 1

@@ -96,6 +96,18 @@ def test_sensible_sets(speeds: list[float], copies: int, expected: set[Copyset])
     assert set(fewest_copysets(cards, alone(cards), copies)) == expected
 
 
+@given(st.lists(st.floats(30.0, 40.0), min_size=4, max_size=4))
+def test_alike_cards_form_the_same_pairs_however_they_were_measured(speeds: list[float]) -> None:
+    cards = named(speeds)
+    assert set(fewest_copysets(cards, alone(cards), 2)) == sets_of("n0 n1", "n2 n3")
+
+
+def test_speeds_are_compared_exactly_where_alike_is_too_slow() -> None:
+    speeds = named([34.0, 50.0, 50.0, 34.0, 50.0, 50.0])  # neighbours by id: 68 of 89 MB/s
+    family = fewest_copysets(speeds, alone(speeds), 3)
+    assert set(family) == sets_of("n1 n2 n4", "n0 n3 n5")
+
+
 def fewest_possible(speeds: dict[str, float], copies: int, at_most: int) -> int:
     """By trying out all families with fewer than `at_most` sets."""
     limit = 400 / best_bytes_per_s(list(speeds.values()), copies) * SLOWDOWN_MAX
