@@ -132,6 +132,18 @@ class BulkChannel:
         """Whether something arrives within `timeout_s` seconds."""
         return bool(self._sock.pending()) or bool(self._poll.poll(max(0.0, timeout_s) * 1000))
 
+    def interrupt(self) -> None:
+        """From another thread: the one that waits gets PeerUnreachable, and has to close.
+
+        The descriptor stays open until then, so that its number is not somebody else's meanwhile.
+        """
+        self.broken = True
+        try:
+            # Past ssl's own shutdown, after which reads would return what is still encrypted.
+            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+        except OSError:
+            pass  # already gone
+
     def close(self) -> None:
         """Closes at once. Safe from another thread: the one that waits gets PeerUnreachable."""
         self.broken = True
