@@ -109,6 +109,7 @@ class Transfers:
                 )
                 if not chain:
                     return
+                started_s = time.monotonic()
                 try:
                     reports = await self._send(shard, chain)
                 except PeerBusy as error:
@@ -120,7 +121,7 @@ class Transfers:
                     continue
                 except PeerError as error:
                     reports = self._blame(error, chain)
-                busy = self._settle(shard, chain, reports)
+                busy = self._settle(shard, chain, reports, started_s)
                 if self.distinct(shard.holders) >= self._copies:
                     return
                 attempt += 1
@@ -152,7 +153,11 @@ class Transfers:
         )
 
     def _settle(
-        self, shard: Shard, chain: tuple[str, ...], reports: tuple[CopyReport, ...]
+        self,
+        shard: Shard,
+        chain: tuple[str, ...],
+        reports: tuple[CopyReport, ...],
+        started_s: float,
     ) -> bool:
         """Takes note of what the nodes said; whether one of them was only busy."""
         by_node = {report.node: report for report in reports}
@@ -164,7 +169,7 @@ class Transfers:
                 self._failures.pop(node, None)
                 if report.state == "durable":
                     self.bytes_written += shard.size
-                    self._note_speed(node, shard.size)
+                    self._note_speed(node, shard.size, started_s)
                 else:
                     self._placement.released(node, shard.size)
                 continue
@@ -175,11 +180,12 @@ class Transfers:
                 self._note_failure(node, report)
         return busy
 
-    def _note_speed(self, node: str, size: int) -> None:
+    def _note_speed(self, node: str, size: int, started_s: float) -> None:
+        """The node was busy with this shard since it began, or since it finished the one before."""
         now_s = time.monotonic()
-        began_s = self._free_at_s.get(node)
+        began_s = max(started_s, self._free_at_s.get(node, 0.0))
         self._free_at_s[node] = now_s
-        self._placement.finished(node, size, 0.0 if began_s is None else now_s - began_s)
+        self._placement.finished(node, size, now_s - began_s)
 
     def _note_failure(self, node: str, report: CopyReport) -> None:
         _log.info("copy_failed", node=node, kind=report.code, reason=report.message)

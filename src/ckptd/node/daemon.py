@@ -351,7 +351,13 @@ class Node:
     def _remember_self(self) -> str:
         """Writes this node's member document, unless the newest one says the same."""
         known = self.records.catalogue.members().get(self._node.id)
-        order = max(int(time.time() * 1000), 1 + self.records.catalogue.highest_order)
+        # A member's order counts among the documents of this node alone, so it is set above them:
+        # a machine that boots with an old clock must still be believed.
+        order = max(
+            int(time.time() * 1000),
+            1 + self.records.catalogue.highest_order,
+            1 + known.order if known is not None else 0,
+        )
         member = documents.Member(
             format=1,
             cluster=self.config.cluster,
