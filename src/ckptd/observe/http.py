@@ -33,8 +33,7 @@ from ckptd.observe.pages import Health, Pages, Target
 _log = structlog.get_logger(__name__)
 
 # Accepting fails for lack of something that other connections give back: wait, do not spin.
-_EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
-_EXHAUSTED_PAUSE_S = 0.5
+_ACCEPT_PAUSE_S = 0.5
 
 
 def tls_context(ca: Path, cert: Path, key: Path) -> ssl.SSLContext:
@@ -50,6 +49,17 @@ def tls_context(ca: Path, cert: Path, key: Path) -> ssl.SSLContext:
 
 def _none_forgotten(_serial: str) -> bool:
     return False
+
+
+def least_entitled(holders: Sequence[tuple[str, bool]]) -> int:
+    """Which of these connections has to make room: the index of one, of at least one.
+
+    `holders` are the connections, oldest first, as (peer's address, whether it is being answered).
+    """
+    [(busiest, _)] = Counter(peer for peer, _ in holders).most_common(1)
+    own = [index for index, (peer, _) in enumerate(holders) if peer == busiest]
+    waiting = [index for index in own if not holders[index][1]]
+    return (waiting or own)[0]
 
 
 class _Open(msgspec.Struct, eq=False):
@@ -169,14 +179,14 @@ class HttpServer:
             try:
                 sock, where = await loop.sock_accept(listener)
             except OSError as error:
-                if error.errno in _EXHAUSTED:
+                if error.errno != errno.ECONNABORTED:  # else the peer had gone again
                     _log.warning(
                         "http_accept_failed",
                         reason=error.strerror,
                         next="raise the limit of open files of the service",
                     )
-                    await asyncio.sleep(_EXHAUSTED_PAUSE_S)
-                continue  # else the peer was gone before it was accepted
+                    await asyncio.sleep(_ACCEPT_PAUSE_S)
+                continue
             self._admit(sock, str(where[0]))
             # A full backlog is accepted without ever waiting: let the others run in between.
             await asyncio.sleep(0)
@@ -192,10 +202,8 @@ class HttpServer:
 
     def _evict(self) -> None:
         """Close the connection that has the least right to stay, and make room at once."""
-        [(busiest, _)] = Counter(each.peer for each in self._open).most_common(1)
-        candidates = [each for each in self._open if each.peer == busiest]
-        waiting = [each for each in candidates if not each.connection.answering]
-        victim = (waiting or candidates)[0]
+        holders = [(each.peer, each.connection.answering) for each in self._open]
+        victim = self._open[least_entitled(holders)]
         self._open.remove(victim)
         if victim.task is not None:
             self._leaving.add(victim.task)
