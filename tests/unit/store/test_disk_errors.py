@@ -59,6 +59,9 @@ def test_an_error_at_every_call(code: int, done: bool) -> None:
             failed_by_itself = done and number not in hooked.results
             assert failed_by_itself or failed_call.name in HARMLESS, failed_call
         if opened and failed_call is None:
+            if expected is NoRoom and not (done and hooked.calls[number - 1].name == "open"):
+                # At once, and not only at the next start: the room is needed.
+                assert disk.list_directory(opened[0].incoming) == [], hooked.calls[number - 1]
             check_after_error(opened[0], said, must_have_failed=expected is MediumFailed)
         disk.restart_process()
         assert faults(disk, PATH, said) == [], hooked.calls[number - 1]

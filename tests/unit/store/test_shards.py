@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -239,7 +240,9 @@ def test_a_store_of_20000_shards_starts_in_two_seconds(directory: StoreDirectory
     store = ShardStore(directory, reserve=0)
     assert len(store) == 20_000
     # What other programs do meanwhile is not the store's time.
-    assert min(time.process_time() - started_cpu, time.monotonic() - started) < 2.0
+    taken_s = min(time.process_time() - started_cpu, time.monotonic() - started)
+    shutil.rmtree(directory.path)  # pytest would keep so many files for three runs
+    assert taken_s < 2.0
 
 
 # Room
