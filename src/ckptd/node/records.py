@@ -84,13 +84,38 @@ class Records:
 
     def bitmap(self, version_id: str, shards: ShardStore) -> bytes | None:
         """Which shards of a version are on this node; None when its manifest is not."""
-        header = self.catalogue.version(version_id)
-        if header is None:
+        references = self._references(version_id)
+        if references is None:
+            return None
+        return bitmaps.pack(shards.has(digest, size) for digest, size in references)
+
+    def inventory(
+        self, version_id: str, shards: ShardStore, now: float
+    ) -> tuple[bytes | None, float]:
+        """As `bitmap`, and the age in seconds of the oldest check of one of these copies; -1 when
+        one was not hashed since this node's start, or none is here. `now` is by the same clock as
+        the store's."""
+        references = self._references(version_id)
+        if references is None:
+            return None, -1.0
+        held = [shards.has(digest, size) for digest, size in references]
+        checks = [
+            shards.verified_at(digest)
+            for (digest, _), here in zip(references, held, strict=True)
+            if here
+        ]
+        known = [at for at in checks if at is not None]
+        age_s = max(0.0, now - min(known)) if known and len(known) == len(checks) else -1.0
+        return bitmaps.pack(held), age_s
+
+    def _references(self, version_id: str) -> list[tuple[bytes, int]] | None:
+        """Digest and size of each shard of a version; None when its manifest is not here."""
+        if self.catalogue.version(version_id) is None:
             return None
         found = self.get(version_id)
         if found is None:
             return None
-        references = _shards_decoder.decode(found[0]).shards
-        return bitmaps.pack(
-            shards.has(bytes.fromhex(reference.shard), reference.size) for reference in references
-        )
+        return [
+            (bytes.fromhex(reference.shard), reference.size)
+            for reference in _shards_decoder.decode(found[0]).shards
+        ]

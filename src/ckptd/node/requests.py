@@ -146,12 +146,15 @@ class Requests:
         return await self.on_disk(look), b""
 
     async def _inventory(self, request: messages.Inventory, _: Payload, __: Progress) -> Answer:
+        now = time.time()
+
         def look() -> messages.InventoryReply:
+            answers = [
+                self._records.inventory(version.hex(), self._shards, now)
+                for version in request.versions
+            ]
             return messages.InventoryReply(
-                tuple(
-                    self._records.bitmap(version.hex(), self._shards)
-                    for version in request.versions
-                )
+                tuple(bitmap for bitmap, _ in answers), tuple(age for _, age in answers)
             )
 
         return await self.on_disk(look), b""

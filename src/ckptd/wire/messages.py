@@ -153,9 +153,11 @@ class Inventory(Message, frozen=True):
 class InventoryReply(Message, frozen=True):
     """Per version: whether its manifest is durable here, and a bitmap over the manifest's
     shards (None when the manifest is not here). May answer only the first few: ask again for the
-    rest."""
+    rest. `verified_age_s`: seconds since that shard of the version which is here and was hashed
+    from disk longest ago; -1 when one of them was not since start, or none is here."""
 
     bitmaps: Annotated[tuple[Bitmap | None, ...], Meta(max_length=limits.VERSIONS_PER_MESSAGE_MAX)]
+    verified_age_s: Annotated[tuple[Age, ...], Meta(max_length=limits.VERSIONS_PER_MESSAGE_MAX)]
 
 
 class ListDocuments(Message, frozen=True):

@@ -75,7 +75,7 @@ SAMPLES: dict[str, tuple[Message, bytes]] = {
     "have": (messages.Have((SHARD, OTHER), touch=True), b""),
     "have_reply": (messages.HaveReply(b"\x01", (3600.0, -1.0)), b""),
     "inventory": (messages.Inventory((VERSION,)), b""),
-    "inventory_reply": (messages.InventoryReply((b"\xff\x03", None)), b""),
+    "inventory_reply": (messages.InventoryReply((b"\xff\x03", None), (3600.5, -1.0)), b""),
     "list_documents": (messages.ListDocuments(VERSION), b""),
     "document_headers": (
         messages.DocumentHeaders(
