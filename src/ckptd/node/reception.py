@@ -17,7 +17,7 @@ from ckptd.errors import CkptdError, LimitExceeded, PeerError, ProtocolError
 from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender, stall_timeout_s
 from ckptd.node.traffic import Traffic
 from ckptd.store.shard_io import IncomingShard, ShardReader
-from ckptd.store.shards import ShardStore
+from ckptd.store.shards import ShardStore, VerifyResult
 from ckptd.wire import messages
 from ckptd.wire.messages import CopyReport, Hop
 
@@ -200,7 +200,7 @@ class Reception:
     def run(self) -> None:
         """Answers the request. Raises PeerError when the sender fails, after cleaning up."""
         request = self._request
-        if self._store.has(request.shard, request.size):
+        if self._is_present():
             self._pass_on_present()
             return
         try:
@@ -216,6 +216,16 @@ class Reception:
             self._take_in(incoming)
         finally:
             self._traffic.expect(-request.size)
+
+    def _is_present(self) -> bool:
+        """Whether a good copy is here. One that was not hashed since the start is hashed now: a
+        copy that rotted while the node was off must not stand for a new one."""
+        shard = self._request.shard
+        if not self._store.has(shard, self._request.size):
+            return False
+        if self._store.verified_at(shard) is not None:
+            return True
+        return self._store.verify(shard) is VerifyResult.OK
 
     def _pass_on_present(self) -> None:
         """The shard is here: at most the rest of the chain needs it, from this copy."""
