@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import structlog
 from cryptography import x509
@@ -26,7 +26,14 @@ from ckptd.core.documents import Document, Manifest, UnknownDocument
 from ckptd.core.identity import Identity, load_ca
 from ckptd.core.quantities import Address, parse_address
 from ckptd.core.signing import Signer
-from ckptd.errors import CkptdError, DocumentRefused, NotEnoughNodes, NotFound, PeerError
+from ckptd.errors import (
+    CkptdError,
+    DocumentRefused,
+    NotEnoughNodes,
+    NotFound,
+    PeerError,
+    ProtocolError,
+)
 from ckptd.net.bulk import BulkConnector
 from ckptd.net.control import ControlClient, connect_control
 from ckptd.net.tls import check_peer, client_context
@@ -59,6 +66,14 @@ class Node:
     def hop(self) -> messages.Hop:
         """Where its bulk port is."""
         return messages.Hop(self.id, self.host, self.bulk_port)
+
+
+class Inventoried(NamedTuple):
+    """What a node has of a version: a bitmap over its shards, and the age in seconds of the oldest
+    check of these copies (-1: one of them was not checked since the node's start)."""
+
+    bitmap: bytes
+    verified_age_s: float
 
 
 @dataclass
@@ -234,7 +249,10 @@ class Cluster:
             catalogue.add(document_id, document, author=author)
         for key, header in merged.items():
             if header.kind == "manifest":
-                catalogue.add_unverified(_version_header(key, header))
+                try:
+                    catalogue.add_unverified(_version_header(key, header))
+                except DocumentRefused as error:
+                    _log.warning("document_refused", reason=error.message)
         return catalogue
 
     async def _fetch(self, wanted: list[str]) -> list[messages.SignedDocument]:
@@ -272,24 +290,38 @@ class Cluster:
     async def bitmaps(self, versions: list[VersionHeader]) -> dict[str, dict[str, bytes | None]]:
         """Which shards of each version are where: by version id, then by node id, a bitmap over
         the manifest's shards, or None where the manifest is not."""
-        ids = [bytes.fromhex(version.id) for version in versions]
+        found = await self.inventory(versions)
+        return {
+            version: {node: answer and answer.bitmap for node, answer in answers.items()}
+            for version, answers in found.items()
+        }
 
-        async def ask(node: Node) -> list[bytes | None]:
-            answers: list[bytes | None] = []
-            for start in range(0, len(ids), limits.VERSIONS_PER_QUESTION):
-                batch = tuple(ids[start : start + limits.VERSIONS_PER_QUESTION])
+    async def inventory(
+        self, versions: list[VersionHeader]
+    ) -> dict[str, dict[str, Inventoried | None]]:
+        """As `bitmaps`, and when the copies were last checked."""
+        ids = tuple(bytes.fromhex(version.id) for version in versions)
+
+        async def ask(node: Node) -> list[Inventoried | None]:
+            answers: list[Inventoried | None] = []
+            while len(answers) < len(ids):
+                batch = ids[len(answers) : len(answers) + limits.VERSIONS_PER_QUESTION]
                 reply, _ = await node.control.request(
                     messages.Inventory(batch), messages.InventoryReply
                 )
-                answers.extend(reply.bitmaps)
+                if not 0 < len(reply.bitmaps) <= len(batch) or len(reply.verified_age_s) != len(
+                    reply.bitmaps
+                ):
+                    raise ProtocolError(node.id, "answered an inventory with another number")
+                answers.extend(
+                    None if bitmap is None else Inventoried(bitmap, age_s)
+                    for bitmap, age_s in zip(reply.bitmaps, reply.verified_age_s, strict=True)
+                )
             return answers
 
         answers = await self.ask_all(ask)
         return {
-            version.id: {
-                node: found[index] if index < len(found) else None
-                for node, found in answers.items()
-            }
+            version.id: {node: found[index] for node, found in answers.items()}
             for index, version in enumerate(versions)
         }
 
@@ -330,6 +362,9 @@ def _padded(ages: tuple[float, ...], count: int) -> list[float]:
 
 
 def _version_header(version_id: str, header: messages.DocumentHeader) -> VersionHeader:
+    """Raises DocumentRefused for counts that no manifest can have: memory follows from them."""
+    if header.shards > limits.SHARDS_PER_MANIFEST_MAX or header.copies > limits.CLUSTER_NODES_MAX:
+        raise DocumentRefused(f"the header of version {version_id} is over the limits")
     return VersionHeader(
         id=version_id,
         kind="manifest",
