@@ -54,9 +54,12 @@ class Session:
             click.echo(text)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Runs asynchronous work to its end."""
+        """Runs asynchronous work to its end. Logs go to stderr, errors only unless CKPTD_LOG
+        names another level."""
         from ckptd.net.loop import run
+        from ckptd.observe import logs
 
+        logs.configure(os.environ.get("CKPTD_LOG", "error"))
         return run(work)
 
 
