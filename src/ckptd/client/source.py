@@ -20,9 +20,9 @@ from ckptd.core.cutting import SourceFile as CutFile
 from ckptd.core.cutting import tensor_cuts
 from ckptd.core.documents import DirectoryEntry, SymlinkEntry
 from ckptd.core.names import check_path, path_to_json, symlink_stays_inside
-from ckptd.core.safetensors_header import HeaderInvalid, parse_header, read_length
+from ckptd.core.safetensors_header import parse_header, read_length
 from ckptd.core.tensor_index import TensorRecord
-from ckptd.errors import NameRefused, NotFound, SourceChanged, SourceRefused
+from ckptd.errors import HeaderInvalid, NameRefused, NotFound, SourceChanged, SourceRefused
 
 RACY_NS: Final = 2_000_000_000
 """A file changed less than this before it was hashed may change again within one tick of the file
