@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
+import sys
 from pathlib import Path
 
 import click
@@ -29,6 +31,7 @@ def serve(init: bool) -> None:
     from ckptd.node import daemon
     from ckptd.observe import logs
 
+    _prefer_fast_cipher()
     path = session().config_path()
     config = session().config()
     logs.configure(config.observe.log_level)
@@ -53,3 +56,17 @@ def _init(config: Config) -> None:
     target = Path(config.store.path) / RECOVERY_BUNDLE
     if bundle.is_file() and not target.exists():
         shutil.copyfile(bundle, target)
+
+
+def _prefer_fast_cipher() -> None:
+    """On a processor without AES instructions, starts this process anew with an OpenSSL config
+    that prefers ChaCha20: OpenSSL reads it only once, at its start."""
+    from ckptd.net.tls import cipher_environment
+
+    try:
+        cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return  # macOS: every supported processor has the instructions
+    environment = cipher_environment(cpuinfo, os.environ)
+    if environment is not None:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

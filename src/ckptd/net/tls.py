@@ -10,12 +10,16 @@ refusal therefore reaches the client as an error of its first read.
 from __future__ import annotations
 
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from ckptd.core.identity import Identity, identity_of, load_ca
 from ckptd.errors import ConfigError, NotAuthorized
+
+_OPENSSL_CONF: Final = Path(__file__).with_name("openssl-chacha.cnf")
 
 
 def server_context(ca: Path, cert: Path, key: Path) -> ssl.SSLContext:
@@ -86,23 +90,22 @@ def needs_chacha(cpuinfo_text: str) -> bool:
 def openssl_conf_text() -> str:
     """The OpenSSL configuration that makes this machine offer ChaCha20-Poly1305 first.
 
-    To be written to a file that the environment variable OPENSSL_CONF names before the process
-    starts: OpenSSL reads it once, and Python has no call for the cipher suites of TLS 1.3. It
-    works from either side: a server with it prefers ChaCha20, and a client with it does not offer
-    AES-256, which other servers would pick. Format: OpenSSL config(5), SSL_CONF_cmd(3).
+    To be named by the environment variable OPENSSL_CONF before the process starts: OpenSSL reads
+    it once, and Python has no call for the cipher suites of TLS 1.3. It works from either side: a
+    server with it prefers ChaCha20, and a client with it does not offer AES-256, which other
+    servers would pick. Format: OpenSSL config(5), SSL_CONF_cmd(3).
     """
-    return (
-        "openssl_conf = ckptd\n"
-        "\n"
-        "[ckptd]\n"
-        "ssl_conf = ckptd_ssl\n"
-        "\n"
-        "[ckptd_ssl]\n"
-        "system_default = ckptd_tls\n"
-        "\n"
-        "[ckptd_tls]\n"
-        "Ciphersuites = TLS_CHACHA20_POLY1305_SHA256:TLS_AES_128_GCM_SHA256\n"
-    )
+    return _OPENSSL_CONF.read_text(encoding="ascii")
+
+
+def cipher_environment(cpuinfo_text: str, environ: Mapping[str, str]) -> dict[str, str] | None:
+    """The environment to start this process with again, or None when it is right as it is.
+
+    Only for a processor that `needs_chacha`; an OPENSSL_CONF that somebody has set stays.
+    """
+    if not needs_chacha(cpuinfo_text) or "OPENSSL_CONF" in environ:
+        return None
+    return {**environ, "OPENSSL_CONF": str(_OPENSSL_CONF)}
 
 
 def _context(protocol: ssl._SSLMethod, ca: Path, cert: Path, key: Path) -> ssl.SSLContext:

@@ -30,6 +30,7 @@ from ckptd.core.identity import Role, load_ca
 from ckptd.errors import ConfigError, NotAuthorized
 from ckptd.net.tls import (
     check_peer,
+    cipher_environment,
     client_context,
     needs_chacha,
     openssl_conf_text,
@@ -482,3 +483,15 @@ def test_a_client_with_the_configuration_negotiates_chacha(
     assert outcome.server_error is None
     assert outcome.ciphers == {"TLS_CHACHA20_POLY1305_SHA256"}
     assert negotiated.strip() == "TLS_CHACHA20_POLY1305_SHA256"
+
+
+def test_a_processor_without_aes_starts_with_another_openssl_config() -> None:
+    environment = cipher_environment("Features : fp asimd crc32\n", {"HOME": "/root"})
+    assert environment is not None
+    assert environment["HOME"] == "/root"
+    assert "CHACHA20" in Path(environment["OPENSSL_CONF"]).read_text()
+
+
+def test_the_openssl_config_is_left_alone_where_it_is_not_needed_or_set_already() -> None:
+    assert cipher_environment("Features : fp asimd aes crc32\n", {}) is None
+    assert cipher_environment("Features : fp\n", {"OPENSSL_CONF": "/etc/mine"}) is None
