@@ -18,6 +18,8 @@ COMMANDS: Final = {
     "local": ("ckptd.cli.local:local", "an embedded cluster on this machine"),
     "config": ("ckptd.cli.config:config", "validate a config"),
     "store": ("ckptd.cli.store:store", "store a checkpoint"),
+    "ls": ("ckptd.cli.listing:ls_command", "list checkpoints"),
+    "show": ("ckptd.cli.listing:show_command", "one checkpoint, and where each copy is"),
     "pki": ("ckptd.cli.pki:pki_commands", "the cluster's CA and certificates"),
     "completion": ("ckptd.cli.completion:completion", "shell completion"),
 }

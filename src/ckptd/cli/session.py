@@ -12,12 +12,15 @@ import sys
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from ckptd.config import Config, find_config, load
 from ckptd.errors import CkptdError, ConfigError
+
+if TYPE_CHECKING:
+    from ckptd.client.cluster import Cluster
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -46,11 +49,13 @@ class Session:
         """The config, read and checked. Raises ConfigError."""
         return load(self.config_path())
 
-    def emit(self, result: Mapping[str, Any], text: str) -> None:
-        """Prints the result: as JSON if that is wanted, else `text`."""
+    def emit(self, result: Mapping[str, Any], text: str | Callable[[], str]) -> None:
+        """Prints the result: as JSON if that is wanted, else `text` (made only then)."""
         if self.as_json:
             click.echo(json.dumps(result, ensure_ascii=True))
-        elif text:
+            return
+        text = text if isinstance(text, str) else text()
+        if text:
             click.echo(text)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
@@ -68,6 +73,19 @@ def session() -> Session:
     found = click.get_current_context().find_object(Session)
     assert found is not None, "the top group makes it"
     return found
+
+
+def on_cluster(work: Callable[[Cluster], Coroutine[Any, Any, T]]) -> T:
+    """Connects to the cluster of the config, runs `work` on it, and returns its result."""
+    from ckptd.client.cluster import connect
+
+    config = session().config()
+
+    async def connected() -> T:
+        async with connect(config) as cluster:
+            return await work(cluster)
+
+    return session().run(connected())
 
 
 def _set_config(context: click.Context, _: click.Parameter, value: str | None) -> None:

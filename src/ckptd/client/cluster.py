@@ -240,7 +240,7 @@ class Cluster:
         merged = await self.headers()
         catalogue = Catalogue(self.cluster)
         small = [key for key, header in merged.items() if header.kind != "manifest"]
-        for signed in await self._fetch(small):
+        for signed in await self.fetch(small):
             try:
                 document_id, document, author = self.admit(signed)
             except DocumentRefused as error:
@@ -255,7 +255,7 @@ class Cluster:
                     _log.warning("document_refused", reason=error.message)
         return catalogue
 
-    async def _fetch(self, wanted: list[str]) -> list[messages.SignedDocument]:
+    async def fetch(self, wanted: list[str]) -> list[messages.SignedDocument]:
         """The signed documents with these ids, from whichever nodes have them."""
         left = dict.fromkeys(wanted)
         found: list[messages.SignedDocument] = []
