@@ -18,8 +18,12 @@ COMMANDS: Final = {
     "local": ("ckptd.cli.local:local", "an embedded cluster on this machine"),
     "config": ("ckptd.cli.config:config", "validate a config"),
     "store": ("ckptd.cli.store:store", "store a checkpoint"),
+    "restore": ("ckptd.cli.restore:restore", "bring a checkpoint back"),
     "ls": ("ckptd.cli.listing:ls_command", "list checkpoints"),
     "show": ("ckptd.cli.listing:show_command", "one checkpoint, and where each copy is"),
+    "status": ("ckptd.cli.cluster_state:status_command", "is everything protected"),
+    "nodes": ("ckptd.cli.cluster_state:nodes_command", "one row per node"),
+    "what-if": ("ckptd.cli.cluster_state:what_if_command", "what the death of nodes would cost"),
     "pki": ("ckptd.cli.pki:pki_commands", "the cluster's CA and certificates"),
     "completion": ("ckptd.cli.completion:completion", "shell completion"),
 }
