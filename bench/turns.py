@@ -1,0 +1,53 @@
+"""One turn of one side: a fresh source, stored, restored, compared, and everything deleted.
+
+Each side's files are deleted right after its turn, so that both sides begin with the memory and the
+disk blocks that the other one has just given back: the first use of fresh memory on a virtual
+machine costs more than anything else in a leg.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench.payload import require_equal, require_room, write_random
+from bench.processes import Leg, measure
+from bench.sides import Side
+
+
+def take_turn(side: Side, directory: Path, size_bytes: int) -> dict[str, Leg]:
+    """Both legs of one turn, by name. Raises MeasurementFailed."""
+    source = directory / "source" / "weights.bin"
+    source.parent.mkdir(exist_ok=True)
+    require_room(directory, size_bytes)
+    write_random(source, size_bytes)
+    output = directory / "output"
+    output.mkdir(exist_ok=True)
+    store = measure(side.store(source), side.daemons(), output)
+    side.check_stored(source, output)
+    restore = measure(side.restore(source), side.daemons(), output)
+    require_equal(source, side.restored(source))
+    source.unlink()
+    side.clear()
+    return {"store": store, "restore": restore}
+
+
+@contextlib.contextmanager
+def workplace(parent: Path | None) -> Iterator[Path]:
+    """A temporary directory below `parent` (default: that of the system), deleted at the end."""
+    with tempfile.TemporaryDirectory(prefix="ckptd-bench-", dir=parent) as name:
+        yield Path(name)
+    os.sync()
+
+
+@contextlib.contextmanager
+def running(*sides: Side) -> Iterator[None]:
+    """Starts the sides, and stops them whatever happens."""
+    with contextlib.ExitStack() as stack:
+        for side in sides:
+            stack.callback(side.stop)
+            side.start()
+        yield
