@@ -21,6 +21,7 @@ COMMANDS: Final = {
     "restore": ("ckptd.cli.restore:restore", "bring a checkpoint back"),
     "ls": ("ckptd.cli.listing:ls_command", "list checkpoints"),
     "show": ("ckptd.cli.listing:show_command", "one checkpoint, and where each copy is"),
+    "verify": ("ckptd.cli.verify:verify_command", "read and hash every copy"),
     "status": ("ckptd.cli.cluster_state:status_command", "is everything protected"),
     "nodes": ("ckptd.cli.cluster_state:nodes_command", "one row per node"),
     "what-if": ("ckptd.cli.cluster_state:what_if_command", "what the death of nodes would cost"),

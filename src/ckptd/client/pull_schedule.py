@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, NamedTuple
+from typing import Final
 
 STALLED_AFTER_S: Final = 2.0
 """A shard of which nothing arrived for this long may be taken over."""
@@ -49,20 +49,12 @@ class Attempt:
         return (self.size - self.received) * (now_s - self.began_s) / self.received
 
 
-class Taken(NamedTuple):
-    """What to fetch, and the attempt that it displaces, whose owner must be stopped first."""
-
-    attempt: Attempt
-    displaced: Attempt | None
-
-
 @dataclass
 class _Shard:
     size: int
     places: tuple[str, ...]
     excluded: tuple[str, ...] = ()  # do not have it, or have it corrupt
-    avoided: tuple[str, ...] = ()  # were too slow with it
-    running: Attempt | None = None
+    avoided: tuple[str, ...] = ()  # failed, or were too slow with it
     done: bool = False
 
 
@@ -90,6 +82,7 @@ class Schedule:
     fallbacks: int = 0
     _shards: list[_Shard] = field(init=False)
     _places: dict[str, _Place] = field(init=False)
+    _running: set[Attempt] = field(default_factory=set, init=False)
     _done: int = field(default=0, init=False)
     _hopeless: set[int] = field(default_factory=set, init=False)
 
@@ -141,38 +134,38 @@ class Schedule:
 
     # -- fetching
 
-    def take(self, place: str, now_s: float) -> Taken | None:
-        """The next fetch for `place`; None when it has nothing to do at the moment."""
+    def take(self, place: str, now_s: float) -> Attempt | None:
+        """The next fetch for `place`; None when it has nothing to do at the moment.
+
+        It may displace another attempt at the same shard, which is `cancelled` then: its owner has
+        to be stopped first.
+        """
         own = self._places[place]
         while own.queue and not own.lost:
             index = own.queue.popleft()
             shard = self._shards[index]
             if self._is_waiting(index) and place in self._candidates(shard):
-                return Taken(self._begin(index, place, now_s), None)
+                return self._begin(index, place, now_s)
         if own.lost:
             return None
         return self._take_over(place, own, now_s)
 
-    def _take_over(self, place: str, own: _Place, now_s: float) -> Taken | None:
-        worst: tuple[float, int] | None = None
-        for index, shard in enumerate(self._shards) if own.unfinished else ():
-            attempt = shard.running
-            if attempt is None or attempt.place == place:
-                continue
-            if place not in self._usable(shard) or place in shard.avoided:
-                continue
-            if self._is_stuck(attempt, own.speed, now_s):
-                wait = (attempt.left_s(now_s), index)
-                worst = wait if worst is None else max(worst, wait)
-        if worst is None:
+    def _take_over(self, place: str, own: _Place, now_s: float) -> Attempt | None:
+        stuck = [
+            attempt
+            for attempt in self._running
+            if attempt.place != place
+            and place in self._usable(self._shards[attempt.shard])
+            and place not in self._shards[attempt.shard].avoided
+            and self._is_stuck(attempt, own.speed, now_s)
+        ]
+        if not stuck:
             return None
-        shard = self._shards[worst[1]]
-        displaced = shard.running
-        assert displaced is not None
-        displaced.cancelled = True
-        shard.avoided += (displaced.place,)
+        worst = max(stuck, key=lambda attempt: attempt.left_s(now_s))
+        self._cancel(worst)
+        self._shards[worst.shard].avoided += (worst.place,)
         self.fallbacks += 1
-        return Taken(self._begin(worst[1], place, now_s), displaced)
+        return self._begin(worst.shard, place, now_s)
 
     @staticmethod
     def _is_stuck(attempt: Attempt, own_speed: float, now_s: float) -> bool:
@@ -186,15 +179,19 @@ class Schedule:
 
     def _begin(self, index: int, place: str, now_s: float) -> Attempt:
         attempt = Attempt(index, place, self._shards[index].size, now_s, now_s)
-        self._shards[index].running = attempt
+        self._running.add(attempt)
         return attempt
+
+    def _cancel(self, attempt: Attempt) -> None:
+        attempt.cancelled = True
+        self._running.discard(attempt)
 
     def finish(self, attempt: Attempt, now_s: float) -> bool:
         """The shard has arrived and is verified. False when it was taken over: not counted."""
         if attempt.cancelled:
             return False
         shard = self._shards[attempt.shard]
-        shard.running = None
+        self._running.discard(attempt)
         shard.done = True
         self._done += 1
         for name in shard.places:
@@ -209,22 +206,25 @@ class Schedule:
         return True
 
     def fail(self, attempt: Attempt, *, copy_is_bad: bool) -> None:
-        """The fetch failed. With `copy_is_bad` this place is not asked for this shard again."""
+        """The fetch failed. Other places are asked for the shard first; with `copy_is_bad` this
+        one is not asked for it again."""
         self._places[attempt.place].failed_once = True
         if attempt.cancelled:  # counted when it was taken over
             if copy_is_bad:
                 self._exclude(attempt.shard, attempt.place)
             return
         self.fallbacks += 1
-        self._shards[attempt.shard].running = None
+        self._running.discard(attempt)
         if copy_is_bad:
             self._exclude(attempt.shard, attempt.place)
+        else:
+            self._shards[attempt.shard].avoided += (attempt.place,)
         self._offer(attempt.shard)
 
     def put_back(self, attempt: Attempt) -> None:
         """The place was busy: the shard goes back to whoever can take it, and nothing failed."""
         if not attempt.cancelled:
-            self._shards[attempt.shard].running = None
+            self._running.discard(attempt)
             self._offer(attempt.shard)
 
     def unreachable(self, place: str) -> None:
@@ -240,18 +240,17 @@ class Schedule:
         if found.lost:
             return
         found.lost = True
+        for attempt in [a for a in self._running if a.place == place]:
+            self._cancel(attempt)
         for index, shard in enumerate(self._shards):
-            if place in shard.places and not shard.done:
-                if shard.running is not None and shard.running.place == place:
-                    shard.running.cancelled = True
-                    shard.running = None
+            if place in shard.places:
                 self._offer(index)
 
     # -- inside
 
     def _is_waiting(self, index: int) -> bool:
-        shard = self._shards[index]
-        return not shard.done and shard.running is None
+        running = any(attempt.shard == index for attempt in self._running)
+        return not (self._shards[index].done or running)
 
     def _usable(self, shard: _Shard) -> list[str]:
         return [

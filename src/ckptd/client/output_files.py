@@ -1,0 +1,157 @@
+"""The files that a restore writes: room taken beforehand, written at any place from any thread."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from ckptd.errors import NoRoom, Refused
+from ckptd.store.filesystem import OPERATING_SYSTEM
+
+_OPEN_MAX: Final = 64
+_PREALLOCATE_FROM_BYTES: Final = 256 * 1024
+WRITEBACK_BYTES: Final = 8 * 1024 * 1024
+"""The disk is told to begin after so many bytes, so that the flush at the end is short."""
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file to write. `path` is relative to the staging directory; `sha256` is None when nothing
+    but its shards vouches for it (a file that is merged of tensors)."""
+
+    path: str
+    size: int
+    mode: int
+    sha256: str | None
+
+
+@dataclass
+class _Open:
+    descriptor: int
+    users: int = 0
+
+
+class OutputFiles:
+    """Writes and reads `files` below `root`, keeping the last few open. Thread-safe.
+
+    Raises NoRoom, or Refused with the file that the disk failed at.
+    """
+
+    def __init__(self, root: str, files: Sequence[OutputFile]) -> None:
+        self._root = root
+        self._files = files
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, _Open] = OrderedDict()
+
+    def path(self, output: int) -> str:
+        """Where an output lies."""
+        return os.path.join(self._root, self._files[output].path)
+
+    def preallocate(self) -> None:
+        """Makes all files, each of its final size, with room on the disk where it can be had."""
+        for output, file in enumerate(self._files):
+            with self._errors(output):
+                # Not through the cache: each is opened once here, and most are small.
+                flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+                descriptor = os.open(self.path(output), flags, 0o600)
+                try:
+                    found = os.fstat(descriptor)
+                    taken = found.st_blocks * 512 >= file.size
+                    if file.size >= _PREALLOCATE_FROM_BYTES and not taken:
+                        OPERATING_SYSTEM.fallocate(descriptor, file.size)
+                    if found.st_size != file.size:
+                        os.ftruncate(descriptor, file.size)
+                finally:
+                    os.close(descriptor)
+
+    def write(self, output: int, view: memoryview, offset: int) -> None:
+        """Writes all of `view` at `offset`."""
+        with self._errors(output), self._opened(output) as descriptor:
+            done = 0
+            while done < len(view):
+                done += os.pwrite(descriptor, view[done:], offset + done)
+            block = offset // WRITEBACK_BYTES
+            if (offset + len(view)) // WRITEBACK_BYTES != block:
+                _begin_writeback(descriptor, block * WRITEBACK_BYTES, WRITEBACK_BYTES)
+
+    def read_into(self, output: int, view: memoryview, offset: int) -> int:
+        """Reads at `offset`; the count of bytes, 0 at the end."""
+        with self._errors(output), self._opened(output) as descriptor:
+            return os.preadv(descriptor, [view], offset)
+
+    def finish(self, output: int) -> None:
+        """Gives a file its mode, and returns when it is on the medium."""
+        with self._errors(output), self._opened(output) as descriptor:
+            os.fchmod(descriptor, self._files[output].mode)
+            OPERATING_SYSTEM.fsync(descriptor)
+
+    def close(self) -> None:
+        """Closes all files."""
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1].descriptor)
+
+    @contextlib.contextmanager
+    def _opened(self, output: int) -> Iterator[int]:
+        with self._lock:
+            entry = self._open.pop(output, None)
+            if entry is None:
+                self._make_room()
+                flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+                entry = _Open(os.open(self.path(output), flags))
+            self._open[output] = entry
+            entry.users += 1
+        try:
+            yield entry.descriptor
+        finally:
+            with self._lock:
+                entry.users -= 1
+
+    def _make_room(self) -> None:
+        if len(self._open) >= _OPEN_MAX:
+            for output, entry in self._open.items():
+                if not entry.users:
+                    del self._open[output]
+                    os.close(entry.descriptor)
+                    return
+
+    @contextlib.contextmanager
+    def _errors(self, output: int) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise disk_error(self.path(output), error) from error
+
+
+def disk_error(path: str, error: OSError) -> NoRoom | Refused:
+    """What an error of the target's disk means."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return NoRoom(
+            f"{path}: {error.strerror}", next=f"df -h {os.path.dirname(path)}; then restore again"
+        )
+    return Refused(f"{path}: {error.strerror or error}")
+
+
+if sys.platform == "linux":
+    # sync_file_range(2): Python does not offer it.
+    _SYNC_FILE_RANGE_WRITE = 2
+    _sync_file_range = ctypes.CDLL(None, use_errno=True).sync_file_range
+    _sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    _sync_file_range.restype = ctypes.c_int
+
+    def _begin_writeback(descriptor: int, offset: int, size: int) -> None:
+        # A hint: where it fails, the flush at the end does all of the work, and reports errors.
+        _sync_file_range(descriptor, offset, size, _SYNC_FILE_RANGE_WRITE)
+
+else:
+
+    def _begin_writeback(descriptor: int, offset: int, size: int) -> None:
+        """The system begins by itself."""
