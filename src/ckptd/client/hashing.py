@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -73,9 +73,7 @@ class SourceHasher:
         self._finished: dict[int, str] = {}
         self._buffer = memoryview(bytearray(BLOCK_BYTES))
 
-    def shards(
-        self, plans: Iterator[ShardPlan], on_bytes: Callable[[int], None]
-    ) -> Iterator[HashedShard]:
+    def shards(self, plans: Iterable[ShardPlan]) -> Iterator[HashedShard]:
         """The hashed shards one by one. Blocks on the disk. Raises SourceChanged."""
         files = OpenFiles(self._source.files)
         try:
@@ -83,7 +81,6 @@ class SourceHasher:
                 shard = hashlib.sha256()
                 for piece in plan.pieces:
                     self._hash_piece(files, piece, shard)
-                    on_bytes(piece.length)
                 yield HashedShard(shard.digest(), plan.size, plan.pieces)
             for index in range(len(self._source.files)):
                 self._catch_up(files, index, self._source.files[index].size)

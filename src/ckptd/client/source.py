@@ -27,6 +27,7 @@ from ckptd.errors import HeaderInvalid, NameRefused, NotFound, SourceChanged, So
 RACY_NS: Final = 2_000_000_000
 """A file changed less than this before it was hashed may change again within one tick of the file
 system's clock, with equal times: it is hashed once more at the end."""
+_STORE_AGAIN: Final = "store it again when the training has finished writing it"
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class File:
     def open(self) -> int:
         """A descriptor for reading. Raises SourceChanged when it is not the scanned file."""
         try:
-            descriptor = os.open(self.location, os.O_RDONLY | os.O_CLOEXEC)
+            # Nonblocking: a fifo that took the file's place would be waited for without end.
+            descriptor = os.open(self.location, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise self._changed(error.strerror or "cannot be read") from error
         if Fingerprint.of(os.fstat(descriptor)) != self.fingerprint:
@@ -78,10 +80,7 @@ class File:
             raise self._changed("was changed")
 
     def _changed(self, what: str) -> SourceChanged:
-        return SourceChanged(
-            f"{self.location} {what} while it was being stored",
-            next="store it again when the training has finished writing it",
-        )
+        return SourceChanged(f"{self.location} {what} while it was being stored", next=_STORE_AGAIN)
 
 
 @dataclass
@@ -112,23 +111,45 @@ class Source:
         ]
 
     def is_racy(self, file: File) -> bool:
-        """Whether the times of a file cannot prove that it held still."""
-        return file.fingerprint.mtime_ns > self.scanned_ns - RACY_NS
+        """Whether the times of a file cannot prove that it held still. The time of change counts,
+        too: a writer may set that of modification back."""
+        newest_ns = max(file.fingerprint.mtime_ns, file.fingerprint.ctime_ns)
+        return newest_ns > self.scanned_ns - RACY_NS
 
     def check(self) -> None:
-        """Raises SourceChanged unless all files are unchanged, and no path came or went."""
+        """Raises SourceChanged unless all files and links are unchanged, and no path came or
+        went."""
         for file in self.files:
             file.check()
-        if self.unit == "directory":
-            now = {path for path, _ in _walk(self.root)}
-            then = {file.path for file in self.files}
-            then |= {entry.path for entry in self.directories}
-            then |= {entry.path for entry in self.symlinks}
-            if {path_to_json(path) for path in now} != {path_to_json(path) for path in then}:
-                raise SourceChanged(
-                    f"files came or went in {self.root} while it was being stored",
-                    next="store it again when the training has finished writing it",
-                )
+        if self.unit == "directory" and self._shape() != self._scanned_shape():
+            raise SourceChanged(
+                f"files or links came, went or changed in {self.root} while it was being stored",
+                next=_STORE_AGAIN,
+            )
+
+    def _scanned_shape(self) -> dict[str, str | None]:
+        shape: dict[str, str | None] = {path_to_json(file.path): None for file in self.files}
+        shape |= {entry.path: "" for entry in self.directories}
+        shape |= {entry.path: entry.target for entry in self.symlinks}
+        return shape
+
+    def _shape(self) -> dict[str, str | None]:
+        """By path "" for a directory, a link's target, None for what is stored as a file."""
+        files = {file.path for file in self.files}
+        shape: dict[str, str | None] = {}
+        try:
+            for path, entry in _walk(self.root):
+                if path in files:
+                    shape[path_to_json(path)] = None
+                elif entry.is_symlink():
+                    shape[path_to_json(path)] = path_to_json(os.readlink(entry.path))
+                else:
+                    shape[path_to_json(path)] = "" if entry.is_dir() else "a new file"
+        except (OSError, SourceRefused) as error:
+            raise SourceChanged(
+                f"{self.root} changed while it was being stored: {error}", next=_STORE_AGAIN
+            ) from error
+        return shape
 
 
 def scan(path: Path, *, as_is: bool = False) -> Source:

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import secrets
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -23,15 +24,15 @@ import structlog
 from ckptd.client.cluster import Cluster
 from ckptd.client.documents import next_order, publish
 from ckptd.client.hashing import BytesReader, HashedShard, PieceReader, SourceHasher, hash_file
+from ckptd.client.manifest_entries import entries_of
 from ckptd.client.progress import Progress
 from ckptd.client.source import Source, scan
 from ckptd.client.transfers import Shard, Transfers
 from ckptd.core import bitmaps, documents, limits, tensor_index
 from ckptd.core.catalogue import Catalogue
-from ckptd.core.copysets import attainable_room
 from ckptd.core.cutting import cut
-from ckptd.core.documents import Entry, FileEntry, Manifest, Part, ShardReference
-from ckptd.core.names import check_name, path_to_json
+from ckptd.core.documents import Manifest, ShardReference
+from ckptd.core.names import check_name
 from ckptd.errors import (
     CkptdError,
     NoRoom,
@@ -103,6 +104,8 @@ class _Store:
         self._shards: dict[bytes, Shard] = {}  # in the order of the manifest
         self._placed: list[HashedShard] = []
         self._deduplicated = 0
+        self._ahead = threading.Semaphore(limits.SHARDS_AHEAD_MAX)
+        self._over = threading.Event()
 
     async def run(self) -> StoreResult:
         started_s = time.monotonic()
@@ -119,10 +122,10 @@ class _Store:
             await asyncio.to_thread(_check_still, source, hashes)
             manifest, raw = await self._manifest(catalogue, source, hashes)
             reached = await self._commit(manifest, raw)
+        except BaseExceptionGroup as group:
+            raise _cause(group) from group
         finally:
-            # No thread may wait on a socket any more when an error or Ctrl-C ends the store.
-            if self._unfinished:
-                cluster.bulk.close()
+            # No thread may wait any more when an error or Ctrl-C ends the store.
             await asyncio.to_thread(self._transfers.close)
         return StoreResult(
             name=self._name,
@@ -138,20 +141,17 @@ class _Store:
             warnings=tuple(source.warnings),
         )
 
-    _unfinished = True
     _transfers: Transfers
 
     def _check_room(self, size: int) -> None:
-        """Refuses before a byte is sent when the copies cannot fit. What is on the nodes already
-        needs no room, which only the hashes will tell: so this looks at the whole size only when
-        nothing of this name was stored before."""
-        workers = self._cluster.workers
-        machines = {node.machine for node in workers}
-        copies = min(self._copies, len(machines))
-        room = attainable_room([node.status.bytes_free for node in workers], copies)
-        if size > room and room == 0:
+        """Refuses before a byte is sent what the nodes could not hold even once, and even if all
+        that they have already were part of it."""
+        status = [node.status for node in self._cluster.workers]
+        room = sum(found.bytes_free + found.bytes_used for found in status)
+        if size > room:
             raise NoRoom(
-                "the nodes have no room for new shards (each is down to its reserve)",
+                f"{self._path} has {size} bytes, and the {len(status)} nodes that answer have room "
+                f"for {room} above their reserves",
                 next="ckptd nodes; then ckptd rm what is not needed, or add a node",
             )
 
@@ -160,7 +160,7 @@ class _Store:
     async def _send_shards(self, source: Source) -> list[str]:
         """Hashes the source and brings each shard to its nodes; the files' hashes."""
         hasher = SourceHasher(source)
-        hashed: asyncio.Queue[list[HashedShard] | None] = asyncio.Queue(limits.SHARDS_AHEAD_MAX)
+        hashed: asyncio.Queue[HashedShard | None] = asyncio.Queue()
         async with asyncio.TaskGroup() as group:
             group.create_task(self._hash(hasher, source, hashed), name="hash")
             async for batch in _batches(hashed):
@@ -171,34 +171,47 @@ class _Store:
         return hasher.file_hashes()
 
     async def _hash(
-        self,
-        hasher: SourceHasher,
-        source: Source,
-        hashed: asyncio.Queue[list[HashedShard] | None],
+        self, hasher: SourceHasher, source: Source, hashed: asyncio.Queue[HashedShard | None]
     ) -> None:
+        """Hashes in a thread, at most so far ahead of sending that the bytes are still cached."""
         loop = asyncio.get_running_loop()
-        shard_size = self._cluster.config.replication.shard_size_bytes
+        plans = cut(source.to_cut(), self._cluster.config.replication.shard_size_bytes)
 
         def work() -> None:
-            plans = cut(source.to_cut(), shard_size)
-            for shard in hasher.shards(plans, self._progress.advance):
-                # The bounded queue keeps hashing at most so far ahead of sending.
-                asyncio.run_coroutine_threadsafe(hashed.put([shard]), loop).result()
+            for shard in hasher.shards(plans):
+                self._ahead.acquire()
+                if self._over.is_set():
+                    return
+                loop.call_soon_threadsafe(hashed.put_nowait, shard)
 
-        await asyncio.to_thread(work)
-        await hashed.put(None)
+        thread = asyncio.ensure_future(asyncio.to_thread(work))
+        try:
+            await asyncio.shield(thread)
+        finally:
+            # Cancelled or not, the thread ends before the source is let go.
+            self._over.set()
+            self._ahead.release()
+            await asyncio.wait([thread])
+        hashed.put_nowait(None)
 
     async def _place(
         self, source: Source, batch: list[HashedShard], group: asyncio.TaskGroup
     ) -> None:
         self._placed.extend(batch)
-        fresh: list[Shard] = []
+        fresh: dict[bytes, Shard] = {}
         for hashed in batch:
-            if hashed.digest in self._shards or any(s.digest == hashed.digest for s in fresh):
+            if hashed.digest in self._shards or hashed.digest in fresh:
                 self._deduplicated += 1
+                self._settled(hashed.size)
                 continue
-            fresh.append(Shard(hashed.digest, hashed.size, partial(PieceReader, source, hashed)))
-        await self._consider(fresh, group)
+            content = partial(PieceReader, source, hashed)
+            fresh[hashed.digest] = Shard(hashed.digest, hashed.size, content)
+        await self._consider(list(fresh.values()), group)
+
+    def _settled(self, size: int) -> None:
+        """A shard of `size` bytes needs no more work: hashing may go on, and progress shows."""
+        self._ahead.release()
+        self._progress.advance(size)
 
     def _tensor_index(self, source: Source) -> Shard | None:
         if not source.tensors:
@@ -223,8 +236,17 @@ class _Store:
         for shard in shards:
             if self._transfers.distinct(shard.holders) >= self._copies:
                 self._deduplicated += 1
+                self._settled(shard.size)
             else:
-                group.create_task(self._transfers.protect(shard), name=shard.digest.hex())
+                group.create_task(self._protect(shard), name=shard.digest.hex())
+
+    async def _protect(self, shard: Shard) -> None:
+        try:
+            await self._transfers.protect(shard)
+        finally:
+            self._settled(shard.size)
+        if not shard.holders:
+            raise self._transfers.why_nowhere(shard)
 
     async def _trust(self, shards: list[Shard], holders: list[dict[str, float]]) -> None:
         """Counts the copies that were hashed lately; the others are hashed on their nodes now."""
@@ -262,7 +284,10 @@ class _Store:
     ) -> tuple[Manifest, bytes]:
         """The manifest of this content, and its canonical bytes: that of the newest version when
         its content is the same."""
-        entries, references = self._entries(source, hashes)
+        references = tuple(
+            ShardReference(shard.digest.hex(), shard.size) for shard in self._shards.values()
+        )
+        entries = entries_of(source, hashes, self._placed, list(self._shards))
         content_id = documents.content_id(entries)
         newest = catalogue.newest(self._name)
         if newest is not None and newest.content_id == content_id:
@@ -315,40 +340,12 @@ class _Store:
         wanted = self._index_digest.hex()
         return next(i for i, reference in enumerate(references) if reference.shard == wanted)
 
-    def _entries(
-        self, source: Source, hashes: list[str]
-    ) -> tuple[tuple[Entry, ...], tuple[ShardReference, ...]]:
-        index_of = {digest: index for index, digest in enumerate(self._shards)}
-        parts: list[list[tuple[int, Part]]] = [[] for _ in source.files]
-        for hashed in self._placed:
-            start = 0
-            for piece in hashed.pieces:
-                part = Part(index_of[hashed.digest], start, piece.length)
-                parts[piece.file_index].append((piece.offset, part))
-                start += piece.length
-        files = [
-            FileEntry(
-                path=path_to_json(file.path),
-                mode=file.mode,
-                size=file.size,
-                sha256=hashes[index],
-                parts=tuple(part for _, part in sorted(parts[index], key=lambda item: item[0])),
-            )
-            for index, file in enumerate(source.files)
-        ]
-        entries: list[Entry] = [*files, *source.directories, *source.symlinks]
-        entries.sort(key=lambda entry: entry.path)
-        references = tuple(
-            ShardReference(shard.digest.hex(), shard.size) for shard in self._shards.values()
-        )
-        return tuple(entries), references
-
     # -- commit
 
     async def _commit(self, manifest: Manifest, raw: bytes) -> int:
         """Publishes the manifest until every shard has its copies or no node is left to take one;
         the smallest number of copies."""
-        self._require_a_copy_of_each()
+        await self._replace_lost()
         reached = 0
         for _ in range(limits.COMMIT_ROUNDS_MAX):
             results = await publish(self._cluster, raw)
@@ -360,18 +357,39 @@ class _Store:
                     next="ckptd status",
                 )
             lacking, reached = self._count(manifest, accepted)
-            if not lacking:
+            if not await self._send_again(lacking):
                 break
-            before = [set(shard.holders) for shard in lacking]
-            async with asyncio.TaskGroup() as group:
-                for shard in lacking:
-                    group.create_task(self._transfers.protect(shard), name=shard.digest.hex())
-            if before == [shard.holders for shard in lacking]:
-                break  # nobody is left to take more
-        self._unfinished = False
-        if reached == 0 and manifest.shards:
-            raise self._lost_copies()
+        if reached == 0:
+            raise NotEnoughNodes(
+                f"all nodes with some shard of {self._name} died while it was being stored",
+                next="ckptd nodes",
+            )
         return reached
+
+    async def _replace_lost(self) -> None:
+        """Before the version exists: copies on nodes that died since they took them are made
+        anew. Raises NotEnoughNodes or NoRoom when a shard is on no node that answers."""
+        await self._cluster.refresh()
+        for shard in self._shards.values():
+            shard.holders &= self._cluster.nodes.keys()
+        await self._send_again(
+            [
+                shard
+                for shard in self._shards.values()
+                if self._transfers.distinct(shard.holders) < self._copies
+            ]
+        )
+        for shard in self._shards.values():
+            if not shard.holders:
+                raise self._transfers.why_nowhere(shard)
+
+    async def _send_again(self, lacking: list[Shard]) -> bool:
+        """Sends shards that lack copies; whether that changed anything."""
+        before = [set(shard.holders) for shard in lacking]
+        async with asyncio.TaskGroup() as group:
+            for shard in lacking:
+                group.create_task(self._transfers.protect(shard), name=shard.digest.hex())
+        return before != [shard.holders for shard in lacking]
 
     def _count(
         self, manifest: Manifest, results: dict[str, messages.PutDocumentResult]
@@ -393,37 +411,37 @@ class _Store:
                 lacking.append(shard)
         return lacking, reached
 
-    def _require_a_copy_of_each(self) -> None:
-        if any(not shard.holders for shard in self._shards.values()):
-            raise self._lost_copies()
 
-    def _lost_copies(self) -> CkptdError:
-        error = self._transfers.last_error
-        why = f": {error.message}" if error else ""
-        room = [node.status.bytes_free for node in self._cluster.workers]
-        if error is not None and "room" in error.message:
-            return NoRoom(
-                f"{self._name} does not fit on the nodes{why}",
-                next="ckptd nodes; then ckptd rm what is not needed, or add a node",
-            )
-        return NotEnoughNodes(
-            f"{self._name} could not be stored: some shards are on no node{why} "
-            f"({len(room)} nodes answer)",
-            next="ckptd nodes",
-        )
+def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one error to show of those that ended tasks together: what we did not expect first,
+    then what is wrong with the source, because that explains the others."""
+    errors: list[BaseException] = []
+    pending: list[BaseException] = [group]
+    while pending:
+        error = pending.pop()
+        if isinstance(error, BaseExceptionGroup):
+            pending.extend(error.exceptions)
+        else:
+            errors.append(error)
+    expected = (SourceChanged, SourceRefused, CkptdError)
+
+    def weight(error: BaseException) -> int:
+        return next((n for n, kind in enumerate(expected) if isinstance(error, kind)), -1)
+
+    return min(errors, key=weight)
 
 
 async def _batches(
-    hashed: asyncio.Queue[list[HashedShard] | None],
+    hashed: asyncio.Queue[HashedShard | None],
 ) -> AsyncIterator[list[HashedShard]]:
     """What has been hashed meanwhile, all at once: one question to the nodes for many shards."""
-    while (batch := await hashed.get()) is not None:
+    while (shard := await hashed.get()) is not None:
+        batch = [shard]
         while not hashed.empty():
-            more = hashed.get_nowait()
-            if more is None:
+            if (shard := hashed.get_nowait()) is None:
                 yield batch
                 return
-            batch += more
+            batch.append(shard)
         yield batch
 
 
