@@ -22,9 +22,9 @@ from ckptd.core.documents import (
     decode,
     document_id,
 )
-from ckptd.core.identity import Identity
+from ckptd.core.identity import Identity, Role
 from ckptd.core.permissions import PERMITTED_AUTHORS, DocumentKind, may_author
-from ckptd.core.signing import verify
+from ckptd.core.signing import author_of, verify
 from ckptd.errors import DocumentRefused
 
 AUTHOR_ROLES: Final = frozenset().union(*PERMITTED_AUTHORS.values())
@@ -42,13 +42,27 @@ def admit(
     unknown here is admitted from anybody who may write documents, to be kept and passed on.
     """
     # The signature comes first, so that only what the cluster's own members wrote is ever parsed.
-    if len(raw) > limits.DOCUMENT_MAX_BYTES:
-        raise DocumentRefused(f"a document of {len(raw)} bytes is over the limit")
+    check_size(len(raw), envelope, cluster=cluster, ca=ca)
     author = verify(raw, envelope, ca, cluster)
     document = decode(raw, cluster=cluster)
     if not _may_say(author, document):
         raise DocumentRefused(f"{author} may not write this {_description(document)}")
     return document_id(raw), document, author
+
+
+def check_size(size_bytes: int, envelope: bytes, *, cluster: str, ca: x509.Certificate) -> None:
+    """Raises DocumentRefused when a document of `size_bytes` is longer than its author may write.
+
+    Reads nothing but the envelope. A mere worker's documents are short: parsing one of the size of
+    a large manifest would take many times that in memory, before its role could refuse it.
+    """
+    limit = limits.DOCUMENT_MAX_BYTES
+    if limits.WORKER_DOCUMENT_MAX_BYTES < size_bytes <= limit:
+        author = author_of(envelope, ca, cluster)
+        if author.roles <= {Role.WORKER}:
+            limit = limits.WORKER_DOCUMENT_MAX_BYTES
+    if size_bytes > limit:
+        raise DocumentRefused(f"a document of {size_bytes} bytes is over the limit of {limit}")
 
 
 def _may_say(author: Identity, document: Document | UnknownDocument) -> bool:

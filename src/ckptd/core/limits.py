@@ -59,6 +59,21 @@ CATALOGUE_DOCUMENTS_MAX: Final = 256 * KIB  # ids in one SyncReply
 CONTROL_REQUESTS_MAX: Final = 64  # unanswered on one connection
 CONTROL_UNANSWERED_MAX_BYTES: Final = 24 * MIB  # bodies and payloads of these together
 
+# Memory of all control connections of a node together. A worker has 96 MiB for everything.
+CONTROL_REQUESTS_POOL_BYTES: Final = 21 * MIB  # the largest request, or several smaller ones
+CONTROL_ANSWERS_POOL_BYTES: Final = 12 * MIB
+CONTROL_ANSWER_BYTES: Final = 4 * MIB  # of one large answer, until its size is known
+CONTROL_FREE_BYTES: Final = 32 * KIB  # of each connection, not counted
+CONTROL_WRITE_BYTES: Final = 256 * KIB  # handed to TLS at a time
+CONTROL_FRAME_TIMEOUT_S: Final = 20.0  # from the first byte of a frame to its last
+INVENTORY_PER_REPLY_BYTES: Final = 1 * MIB  # of bitmaps; the first one always fits
+HEADERS_PER_REPLY_BYTES: Final = 1 * MIB
+REFUSED_TEXT_MAX: Final = 500  # characters that say why a document was refused
+DOCUMENTS_FETCHED_PER_SYNC: Final = 4096  # what is left comes with the next heartbeat
+# A worker writes nothing but what it is and where: no more is kept of one, or even parsed.
+WORKER_DOCUMENT_MAX_BYTES: Final = 64 * KIB
+WORKER_DOCUMENTS_MAX: Final = 1024
+
 # Connections of one node
 UNAUTHENTICATED_CONNECTIONS_MAX: Final = 64
 UNAUTHENTICATED_CONNECTIONS_PER_ADDRESS_MAX: Final = 8

@@ -110,6 +110,17 @@ def verify(document: bytes, envelope: bytes, ca: x509.Certificate, cluster: str)
     return identity
 
 
+def author_of(envelope: bytes, ca: x509.Certificate, cluster: str) -> Identity:
+    """Whose certificate an envelope carries. That they signed anything is not proved by this: it
+    serves to refuse what they may not write before it is read. Raises DocumentRefused."""
+    try:
+        return _author(_decode(envelope).certificate, ca, cluster)[0]
+    except NotAuthorized as error:
+        if isinstance(error, DocumentRefused):
+            raise
+        raise DocumentRefused(f"the document's author is not known here: {error}") from error
+
+
 def _decode(envelope: bytes) -> _Envelope:
     if len(envelope) > SIGNATURE_ENVELOPE_MAX_BYTES:
         raise DocumentRefused(

@@ -1,287 +1,23 @@
-"""Control connections: small requests and answers on asyncio (uvloop where it is installed).
-
-`ControlServer` gives each request to one handler and sends its answer; `ControlClient` makes
-requests, many at a time on one connection. Both are thin shells around the pure state machine of
-`ckptd.wire.connection`.
-"""
+"""Making control connections: small requests and answers, many at a time on one connection."""
 
 from __future__ import annotations
 
 import asyncio
-import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Literal, TypeVar, cast
-
-import structlog
+from typing import TypeVar
 
 from ckptd.core import limits
-from ckptd.core.identity import Identity
-from ckptd.errors import (
-    CkptdError,
-    NotAuthorized,
-    PeerBusy,
-    PeerError,
-    PeerStalled,
-    PeerUnreachable,
-    ProtocolError,
-)
+from ckptd.errors import CkptdError, PeerStalled, PeerUnreachable, ProtocolError
 from ckptd.net.bulk import refusal
-from ckptd.net.tls import check_peer
+from ckptd.net.control_connection import Answer, ControlProtocol, Payload, Progress
 from ckptd.wire import messages
-from ckptd.wire.connection import (
-    Buffer,
-    Connection,
-    ConnectionRefused,
-    HelloReceived,
-    RequestReceived,
-    ResponseReceived,
-)
+from ckptd.wire.connection import ConnectionRefused, HelloReceived, ResponseReceived
 from ckptd.wire.messages import Message
 
-_log = structlog.get_logger(__name__)
-
 _A = TypeVar("_A", bound=Message)
-Progress = Callable[[Message], None]
-Payload = bytes | memoryview
-Answer = tuple[Message, Payload]
-Handler = Callable[[Identity, Message, Payload, Progress], Awaitable[Answer]]
-"""(who asks, request, payload, tell progress) -> (answer, payload). A CkptdError becomes an Error
-message; anything else is logged, and the peer hears only that it failed."""
 
 
-def as_error_message(error: CkptdError, node: str) -> messages.Error:
-    """The message that tells a peer of `error`, which happened on `node`."""
-    return messages.Error(error.kind, error.message[:8000], node, error.next[:8000])
-
-
-class _ControlProtocol(asyncio.Protocol):
-    """What both sides share: bytes to events, and flow control of what is sent."""
-
-    def __init__(
-        self, side: Literal["client", "server"], cluster: str, expected_node_id: str | None = None
-    ) -> None:
-        self._side = side
-        self._cluster = cluster
-        self._expected_node_id = expected_node_id
-        self._transport: asyncio.Transport | None = None
-        self._may_write = asyncio.Event()
-        self._may_write.set()
-        self._sending = asyncio.Lock()
-        self.identity: Identity | None = None
-        self.connection: Connection | None = None
-        self.closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-    @property
-    def peer(self) -> str:
-        return self.identity.node_id if self.identity else "unknown peer"
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        ssl_object = transport.get_extra_info("ssl_object")
-        try:
-            self.identity = check_peer(
-                ssl_object.getpeercert(binary_form=True) or b"",
-                cluster=self._cluster,
-                expected_node_id=self._expected_node_id,
-            )
-            if self._side == "client" and not self.identity.is_node:
-                raise NotAuthorized(f"{self.identity} answered as a node, but is none")
-        except NotAuthorized as error:
-            self.fail(error)
-            return
-        self.connection = Connection(self._side, self.peer)
-
-    def data_received(self, data: bytes) -> None:
-        if self.connection is None:
-            return
-        try:
-            events = self.connection.receive_data(data)
-        except ProtocolError as error:
-            self.fail(error)
-            return
-        for event in events:
-            self.on_event(event)
-
-    def on_event(self, event: object) -> None:
-        raise NotImplementedError
-
-    def pause_writing(self) -> None:
-        self._may_write.clear()
-
-    def resume_writing(self) -> None:
-        self._may_write.set()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._may_write.set()
-        if not self.closed.done():
-            self.closed.set_result(None)
-
-    def fail(self, error: CkptdError) -> None:
-        """Drops the connection because of something that the peer did, and tells it why."""
-        _log.warning("connection_dropped", peer=self.peer, reason=error.message)
-        if self._transport is None:
-            return
-        if self.connection is not None:
-            refusal_ = messages.Error(error.kind, error.message[:8000])
-            self._transport.writelines(self.connection.send_refusal(refusal_))
-        self._transport.close()
-
-    def abort(self) -> None:
-        if self._transport is not None:
-            self._transport.abort()
-
-    async def write(self, chunks: Sequence[Buffer]) -> None:
-        """Sends one frame; returns once the transport takes more. Raises PeerStalled when the
-        peer takes nothing for REQUEST_TIMEOUT_S."""
-        async with self._sending:
-            if self._transport is None or self._transport.is_closing():
-                raise PeerUnreachable(self.peer, "closed the connection")
-            self._transport.writelines(chunks)
-            try:
-                async with asyncio.timeout(limits.REQUEST_TIMEOUT_S):
-                    await self._may_write.wait()
-            except TimeoutError as error:
-                self.abort()
-                raise PeerStalled(self.peer, "took no bytes within the deadline") from error
-
-
-class _ServerProtocol(_ControlProtocol):
-    def __init__(self, server: ControlServer) -> None:
-        super().__init__("server", server.cluster)
-        self._server = server
-        self._greeted = False
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        super().connection_made(transport)
-        if self.connection is None:
-            return
-        if not self._server.admit(self):
-            self.fail(NotAuthorized(f"{self.peer} has too many connections"))
-            return
-        asyncio.get_running_loop().call_later(limits.HANDSHAKE_TIMEOUT_S, self._check_hello)
-
-    def _check_hello(self) -> None:
-        if not self._greeted and not self.closed.done():
-            self.fail(ProtocolError(self.peer, "sent no hello in time"))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        self._server.leave(self)
-        for task in self._tasks:
-            task.cancel()
-
-    def on_event(self, event: object) -> None:
-        if isinstance(event, HelloReceived):
-            self._greeted = True
-            if event.message.cluster != self._cluster:
-                self.fail(ProtocolError(self.peer, f"is of cluster {event.message.cluster!r}"))
-                return
-            self._server.on_hello(cast(Identity, self.identity), event.message)
-            assert self.connection is not None
-            self._spawn(self.write(self.connection.send_hello(self._server.hello())), "hello")
-        elif isinstance(event, RequestReceived):
-            self._spawn(self._answer(event), type(event.message).__name__)
-
-    def _spawn(self, work: Awaitable[None], what: str) -> None:
-        async def guarded() -> None:
-            try:
-                await work
-            except PeerError as error:
-                _log.info("answer_not_sent", peer=self.peer, request=what, reason=error.reason)
-                self.abort()
-
-        task = asyncio.create_task(guarded(), name=f"{what} from {self.peer}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _answer(self, event: RequestReceived) -> None:
-        assert self.connection is not None and self.identity is not None
-        connection = self.connection
-
-        def progress(message: Message) -> None:
-            if self._may_write.is_set():  # progress is a courtesy: never queue it up
-                self._spawn(self.write(connection.send_response(event.request_id, message)), "")
-
-        answer: Answer
-        try:
-            answer = await self._server.handler(
-                self.identity, event.message, event.payload, progress
-            )
-        except PeerBusy as error:
-            answer = (messages.Busy(error.reason[:1000]), b"")
-        except CkptdError as error:
-            answer = (as_error_message(error, self._server.node_id), b"")
-        except Exception:  # the edge of this task: the peer must get an answer
-            _log.exception("request_failed", peer=self.peer, request=type(event.message).__name__)
-            failure = messages.Error("failed", "an internal error; see the node's log")
-            answer = (failure, b"")
-        await self.write(connection.send_response(event.request_id, *answer))
-
-
-class ControlServer:
-    """Serves control connections. `handler` answers requests, `hello` describes this node."""
-
-    def __init__(
-        self,
-        *,
-        cluster: str,
-        node_id: str,
-        context: ssl.SSLContext,
-        hello: Callable[[], messages.Hello],
-        handler: Handler,
-        on_hello: Callable[[Identity, messages.Hello], None],
-    ) -> None:
-        self.cluster = cluster
-        self.node_id = node_id
-        self.hello = hello
-        self.handler = handler
-        self.on_hello = on_hello
-        self._context = context
-        self._protocols: set[_ServerProtocol] = set()
-
-    async def handshake(self, sock: socket.socket) -> Callable[[], None]:
-        """For the Acceptor: TLS on an accepted socket, which the protocol then owns."""
-        loop = asyncio.get_running_loop()
-        try:
-            await loop.connect_accepted_socket(
-                lambda: _ServerProtocol(self),
-                sock,
-                ssl=self._context,
-                ssl_handshake_timeout=limits.HANDSHAKE_TIMEOUT_S,
-            )
-        except BaseException:
-            sock.close()
-            raise
-        return lambda: None
-
-    def admit(self, protocol: _ServerProtocol) -> bool:
-        """Whether one more connection of this peer is taken."""
-        same = sum(other.peer == protocol.peer for other in self._protocols)
-        if (
-            len(self._protocols) >= limits.CONTROL_CONNECTIONS_MAX
-            or same >= limits.CONTROL_CONNECTIONS_PER_PEER_MAX
-        ):
-            return False
-        self._protocols.add(protocol)
-        return True
-
-    def leave(self, protocol: _ServerProtocol) -> None:
-        self._protocols.discard(protocol)
-
-    async def close(self) -> None:
-        """Drops all connections."""
-        protocols = list(self._protocols)
-        for protocol in protocols:
-            protocol.abort()
-        if protocols:
-            await asyncio.wait(
-                [protocol.closed for protocol in protocols], timeout=limits.SHUTDOWN_TIMEOUT_S
-            )
-
-
-class _ClientProtocol(_ControlProtocol):
+class _ClientProtocol(ControlProtocol):
     def __init__(self, cluster: str, expected_node_id: str | None) -> None:
         super().__init__("client", cluster, expected_node_id)
         self.hello: asyncio.Future[messages.Hello] = asyncio.get_running_loop().create_future()
@@ -309,7 +45,9 @@ class _ClientProtocol(_ControlProtocol):
         elif isinstance(event, ConnectionRefused):
             self.fail(refusal(self.peer, event.message))
         elif isinstance(event, ResponseReceived):
-            future, progress = self.waiting[event.request_id]
+            future, progress = self.waiting.get(event.request_id, (None, None))
+            if future is None:
+                return  # whoever asked has given up
             if not event.final:
                 if progress is not None:
                     progress(event.message)
@@ -425,7 +163,8 @@ async def connect_control(
         raise PeerUnreachable(meant, f"no answer at {address}") from error
     except OSError as error:  # ssl.SSLError is one
         _drop(protocol)
-        raise PeerUnreachable(meant, f"cannot connect to {address}: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise PeerUnreachable(meant, f"cannot connect to {address}: {reason}") from error
     except BaseException:
         _drop(protocol)
         raise

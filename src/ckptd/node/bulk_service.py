@@ -21,7 +21,7 @@ from ckptd.core.identity import Identity
 from ckptd.core.permissions import Action, may
 from ckptd.errors import CkptdError, NotAuthorized, NotFound, PeerError, ProtocolError
 from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender, stall_timeout_s
-from ckptd.net.control import as_error_message
+from ckptd.net.control_connection import as_error_message
 from ckptd.node.reception import Reception
 from ckptd.node.traffic import Traffic
 from ckptd.store.shards import ShardStore

@@ -25,7 +25,7 @@ from ckptd.core.signing import Signer
 from ckptd.errors import CkptdError, ConfigError
 from ckptd.net.acceptor import Acceptor, Handshake, Unauthenticated, listen, server_handshake
 from ckptd.net.bulk import BulkConnector
-from ckptd.net.control import ControlServer
+from ckptd.net.control_server import ControlServer
 from ckptd.net.loop import run
 from ckptd.net.tls import check_peer, client_context, server_context
 from ckptd.node.bulk_service import BulkService
@@ -150,7 +150,7 @@ class Node:
             quarantined=quarantined,
             documents=len(catalogue),
             unknown_documents=int(catalogue.has_unknown) + len(self.records.unreadable),
-            documents_digest=catalogue.digest(),
+            documents_digest=self.records.digest(),
             highest_order=catalogue.highest_order,
             software=__version__,
             clock_ms=int(time.time() * 1000),

@@ -13,6 +13,8 @@ import ssl
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -21,13 +23,20 @@ from ckptd.core import limits
 from ckptd.core.identity import Identity, Role
 from ckptd.core.membership import PeerState, peer_state
 from ckptd.core.quantities import Address, parse_address
-from ckptd.errors import CkptdError, DocumentRefused
+from ckptd.errors import CkptdError, DocumentRefused, PeerError
 from ckptd.net.control import ControlClient, connect_control
 from ckptd.node.records import Records
 from ckptd.observe.metrics import Metrics
 from ckptd.wire import messages
 
 _log = structlog.get_logger(__name__)
+_T = TypeVar("_T")
+
+
+class OnDisk(Protocol):
+    """Runs work in a bounded pool of threads."""
+
+    def __call__(self, work: Callable[[], _T]) -> Awaitable[_T]: ...
 
 
 @dataclass
@@ -44,10 +53,30 @@ class Peer:
     state: PeerState = "down"
 
 
-def packed_ids(payload: bytes | memoryview) -> set[str]:
-    """The document ids in the payload of a SyncReply."""
-    text = bytes(payload).hex()
-    return {text[start : start + 64] for start in range(0, len(text), 64)}
+def missing_ids(
+    ours: bytes | memoryview, theirs: bytes | memoryview, limit: int
+) -> tuple[list[bytes], list[bytes]]:
+    """Which document ids each side lacks: (here, there), up to `limit` each. Both arguments are
+    packed ids, 32 bytes each, ascending."""
+    here: list[bytes] = []
+    there: list[bytes] = []
+    own = other = 0
+    while own < len(ours) or other < len(theirs):
+        mine = bytes(ours[own : own + 32])
+        told = bytes(theirs[other : other + 32])
+        if mine == told:
+            own, other = own + 32, other + 32
+        elif not mine or (told and told < mine):
+            other += 32
+            if len(here) < limit:
+                here.append(told)
+        else:
+            own += 32
+            if len(there) < limit:
+                there.append(mine)
+        if len(here) == len(there) == limit:
+            break
+    return here, there
 
 
 class Peers:
@@ -63,7 +92,7 @@ class Peers:
         addresses: tuple[Address, ...],
         records: Records,
         hello: Callable[[], messages.Hello],
-        on_disk: Callable[[Callable[[], str]], Awaitable[str]],
+        on_disk: OnDisk,
         metrics: Metrics,
     ) -> None:
         self._cluster = cluster
@@ -79,11 +108,13 @@ class Peers:
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._own_addresses: set[str] = set()
         self._jitter = random.Random()
+        # What a peer answers is held in memory: one at a time may answer with much.
+        self._syncing = asyncio.Lock()
 
     def views(self) -> Iterator[messages.PeerView]:
         """What this node thinks of each other one, now."""
         now_s = time.monotonic()
-        for peer in self._peers.values():
+        for peer in list(self._peers.values())[: limits.CLUSTER_NODES_MAX]:
             silent_s = None if peer.heard_s is None else now_s - peer.heard_s
             state = peer_state(
                 silent_s, suspect_s=self._config.suspect_s, down_s=self._config.down_s
@@ -98,7 +129,7 @@ class Peers:
         if not identity.is_node or identity.node_id == self._node_id:
             return
         peer = self._peer(identity.node_id, hello.address)
-        self._heard(peer, hello)
+        self._heard(peer, hello, identity)
 
     async def run(self) -> None:
         """Looks for nodes to keep in touch with, and notes who went silent."""
@@ -133,10 +164,10 @@ class Peers:
             peer.address = address
         return peer
 
-    def _heard(self, peer: Peer, hello: messages.Hello) -> None:
+    def _heard(self, peer: Peer, hello: messages.Hello, identity: Identity) -> None:
         peer.heard_s = time.monotonic()
         peer.bulk_port = hello.bulk_port
-        peer.roles = hello.roles
+        peer.roles = tuple(sorted(identity.roles.intersection(hello.roles)))
         peer.zone = hello.zone
         peer.boot_id = hello.boot_id
         self._note_state(peer)
@@ -181,6 +212,8 @@ class Peers:
                 await self._converse(client, address)
             except CkptdError as error:
                 _log.info("peer_lost", node=client.node_id, reason=error.message)
+            except Exception:  # the edge of this task: the peer will be tried again
+                _log.exception("peer_failed", node=client.node_id)
             finally:
                 await client.close()
             await asyncio.sleep(self._config.heartbeat_s)
@@ -188,54 +221,76 @@ class Peers:
     async def _converse(self, client: ControlClient, address: str) -> None:
         peer = self._peer(client.node_id, address)
         peer.address = address
-        self._heard(peer, client.hello)
+        self._heard(peer, client.hello, client.identity)
         while True:
             status, _ = await client.request(
                 messages.Ping(), messages.NodeStatus, timeout_s=self._config.down_s
             )
-            self._heard(peer, client.hello)
+            self._heard(peer, client.hello, client.identity)
             self._metrics.clock_skew(peer.node, status.clock_ms / 1000 - time.time())
             if Role.WORKER in client.identity.roles:
-                await self._sync(client, status.documents_digest)
+                try:
+                    await self._sync(client, status.documents_digest)
+                except PeerError:
+                    raise
+                except CkptdError as error:  # this node's own disk: the peer is as well as before
+                    _log.warning("sync_failed", node=peer.node, reason=error.message)
             await asyncio.sleep(self._config.heartbeat_s)
 
     async def _sync(self, client: ControlClient, digest: bytes) -> None:
         """Makes both catalogues the union of both."""
-        catalogue = self._records.catalogue
-        if digest == catalogue.digest():
+        own_digest = self._records.digest()
+        if digest == own_digest:
             return
-        reply, payload = await client.request(messages.Sync(catalogue.digest()), messages.SyncReply)
-        if reply.equal:
-            return
-        theirs = packed_ids(payload)
-        ours = set(catalogue.ids())
-        await self._fetch(client, sorted(theirs - ours))
-        await self._send(client, sorted(ours - theirs))
+        async with self._syncing:
+            here, there = await self._compare(client, own_digest)
+        await self._fetch(client, here)
+        await self._send(client, there)
 
-    async def _fetch(self, client: ControlClient, wanted: list[str]) -> None:
-        while wanted:
-            batch = wanted[: limits.DOCUMENTS_PER_SYNC]
-            reply, payload = await client.request(
-                messages.GetDocuments(tuple(bytes.fromhex(i) for i in batch)), messages.Documents
+    async def _compare(
+        self, client: ControlClient, own_digest: bytes
+    ) -> tuple[list[bytes], list[bytes]]:
+        reply, payload = await client.request(messages.Sync(own_digest), messages.SyncReply)
+        if reply.equal:
+            return [], []
+        node = client.node_id
+        theirs = await self._on_disk(
+            lambda: messages.decode_document_ids(reply, payload, peer=node)
+        )
+        return await self._on_disk(
+            lambda: missing_ids(
+                self._records.packed_ids(), theirs, limits.DOCUMENTS_FETCHED_PER_SYNC
             )
-            documents = messages.decode_documents(memoryview(payload), peer=client.node_id)
-            for signed in documents:
-                await self._admit(client.node_id, signed)
-            answered = len(documents) + len(reply.missing)
+        )
+
+    async def _fetch(self, client: ControlClient, wanted: list[bytes]) -> None:
+        start = 0
+        while start < len(wanted):
+            batch = tuple(wanted[start : start + limits.DOCUMENTS_PER_SYNC])
+            async with self._syncing:
+                answered = await self._fetch_batch(client, batch)
             if not answered:
                 return
-            wanted = wanted[answered:]
+            start += answered
 
-    async def _admit(self, node: str, signed: messages.SignedDocument) -> None:
+    async def _fetch_batch(self, client: ControlClient, batch: tuple[bytes, ...]) -> int:
+        """Asks for documents; how many of them the peer's answer was about."""
+        reply, payload = await client.request(messages.GetDocuments(batch), messages.Documents)
+        for signed in messages.document_views(payload, reply.count, peer=client.node_id):
+            await self._admit(client.node_id, signed)
+        return min(len(batch), reply.count + len(reply.missing))
+
+    async def _admit(self, node: str, signed: messages.DocumentView) -> None:
         try:
             await self._on_disk(lambda: self._records.put(signed.document, signed.signature))
         except DocumentRefused as error:
             # Whoever brings it need not be its author; it is not taken, and the rest goes on.
             _log.warning("document_refused", node=node, reason=error.message)
 
-    async def _send(self, client: ControlClient, missing: list[str]) -> None:
+    async def _send(self, client: ControlClient, missing: list[bytes]) -> None:
         for document_id in missing:
-            signed = self._records.get(document_id)
+            key = document_id.hex()
+            signed = await self._on_disk(partial(self._records.get, key))
             if signed is None:
                 continue
             payload = messages.encode_documents((messages.SignedDocument(*signed),))

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
+from collections import Counter
 
 import msgspec
 import structlog
 from cryptography import x509
 
-from ckptd.core import bitmaps
-from ckptd.core.admission import admit
+from ckptd.core import bitmaps, limits
+from ckptd.core.admission import admit, check_size
 from ckptd.core.catalogue import Catalogue
 from ckptd.core.documents import Manifest, ShardReference
+from ckptd.core.identity import Identity, Role
 from ckptd.core.signing import Signer
 from ckptd.errors import DocumentRefused, IntegrityError
 from ckptd.store.documents import DocumentFiles
@@ -37,6 +40,9 @@ class Records:
         self._cluster = cluster
         self._ca = ca
         self._lock = threading.Lock()
+        # A parsed manifest takes several times its bytes: one at a time is in memory.
+        self._parsing = threading.Lock()
+        self._of_worker: Counter[str] = Counter()
         self.catalogue = Catalogue(cluster)
         self.unreadable: list[str] = []
 
@@ -52,21 +58,54 @@ class Records:
                 _log.error("document_unreadable", document=document_id, reason=error.message)
                 continue
             self.catalogue.add(document_id, document, author=author)
+            self._count(author)
 
-    def put(self, raw: bytes, signature: bytes) -> str:
+    def put(self, raw: bytes | memoryview, signature: bytes) -> str:
         """Admits a document and makes it durable; returns its id. Raises DocumentRefused, NoRoom
         or MediumFailed. A document that is here already is confirmed as it is."""
-        document_id, document, author = admit(raw, signature, cluster=self._cluster, ca=self._ca)
+        check_size(len(raw), signature, cluster=self._cluster, ca=self._ca)
+        with self._parsing:
+            found = hashlib.sha256(raw).hexdigest()
+            with self._lock:
+                # One that went to quarantine is written anew.
+                if found in self.catalogue and found in self._files:
+                    return found
+            return self._admit(bytes(raw), signature)
+
+    def _admit(self, raw: bytes, signature: bytes) -> str:
+        found, document, author = admit(raw, signature, cluster=self._cluster, ca=self._ca)
         with self._lock:
-            if document_id in self.catalogue:
-                return document_id
-        self._files.put(document_id, raw, signature)
+            self._check_count(author)
+        self._files.put(found, raw, signature)
         with self._lock:
-            if self.catalogue.add(document_id, document, author=author):
+            if self.catalogue.add(found, document, author=author):
+                self._count(author)
                 kind = type(document).__name__.lower()
                 name = document.name if isinstance(document, Manifest) else None
-                _log.info("document_stored", kind=kind, document=document_id, name=name)
-        return document_id
+                _log.info("document_stored", kind=kind, document=found, name=name)
+        return found
+
+    def _count(self, author: Identity) -> None:
+        if author.roles <= {Role.WORKER}:
+            self._of_worker[author.node_id] += 1
+
+    def _check_count(self, author: Identity) -> None:
+        """A worker says where it is, a few times in its life; a stolen one shall not fill the
+        catalogues of all."""
+        if self._of_worker[author.node_id] >= limits.WORKER_DOCUMENTS_MAX:
+            raise DocumentRefused(f"{author} wrote over {limits.WORKER_DOCUMENTS_MAX} documents")
+        if len(self.catalogue) >= limits.CATALOGUE_DOCUMENTS_MAX:
+            raise DocumentRefused(f"over {limits.CATALOGUE_DOCUMENTS_MAX} documents")
+
+    def digest(self) -> bytes:
+        """As `Catalogue.digest`, while nobody adds a document."""
+        with self._lock:
+            return self.catalogue.digest()
+
+    def packed_ids(self) -> bytes:
+        """As `Catalogue.packed_ids`, while nobody adds a document."""
+        with self._lock:
+            return self.catalogue.packed_ids()
 
     def write(self, raw: bytes, signer: Signer) -> str:
         """Signs and keeps a document of this node's own."""
@@ -112,10 +151,11 @@ class Records:
         """Digest and size of each shard of a version; None when its manifest is not here."""
         if self.catalogue.version(version_id) is None:
             return None
-        found = self.get(version_id)
-        if found is None:
-            return None
-        return [
-            (bytes.fromhex(reference.shard), reference.size)
-            for reference in _shards_decoder.decode(found[0]).shards
-        ]
+        with self._parsing:
+            found = self.get(version_id)
+            if found is None:
+                return None
+            return [
+                (bytes.fromhex(reference.shard), reference.size)
+                for reference in _shards_decoder.decode(found[0]).shards
+            ]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, TypeVar
 
+import msgspec
 import structlog
 
 from ckptd.core import bitmaps, limits
 from ckptd.core.catalogue import DocumentHeader, VersionHeader
 from ckptd.core.identity import Identity
 from ckptd.core.permissions import Action, may
-from ckptd.errors import CkptdError, DocumentRefused, NotAuthorized
-from ckptd.net.control import Answer, Payload, Progress
+from ckptd.errors import CkptdError, NotAuthorized
+from ckptd.net.control_connection import Answer, Payload, Progress
 from ckptd.node.records import Records
 from ckptd.observe.metrics import Metrics
 from ckptd.store.shards import ShardStore, VerifyResult
@@ -149,10 +151,14 @@ class Requests:
         now = time.time()
 
         def look() -> messages.InventoryReply:
-            answers = [
-                self._records.inventory(version.hex(), self._shards, now)
-                for version in request.versions
-            ]
+            answers: list[tuple[bytes | None, float]] = []
+            size = 0
+            for version in request.versions:
+                answer = self._records.inventory(version.hex(), self._shards, now)
+                size += len(answer[0] or b"")
+                if answers and size > limits.INVENTORY_PER_REPLY_BYTES:
+                    break  # the asker asks again for the rest
+                answers.append(answer)
             return messages.InventoryReply(
                 tuple(bitmap for bitmap, _ in answers), tuple(age for _, age in answers)
             )
@@ -165,7 +171,16 @@ class Requests:
         headers, more = self._records.catalogue.headers_after(
             request.after.hex(), limits.HEADERS_PER_PAGE
         )
-        return messages.DocumentHeaders(tuple(map(wire_header, headers)), more), b""
+        page: list[messages.DocumentHeader] = []
+        size = 0
+        for header in headers:
+            told = wire_header(header)
+            size += len(msgspec.msgpack.encode(told))
+            if page and size > limits.HEADERS_PER_REPLY_BYTES:
+                more = True
+                break
+            page.append(told)
+        return messages.DocumentHeaders(tuple(page), more), b""
 
     async def _get_documents(
         self, request: messages.GetDocuments, _: Payload, __: Progress
@@ -192,30 +207,30 @@ class Requests:
     async def _put_documents(
         self, request: messages.PutDocuments, payload: Payload, _: Progress
     ) -> Answer:
-        documents = messages.decode_documents(memoryview(payload), peer="peer")
         results = []
         async with self._documents:
-            for signed in documents:
+            views = messages.document_views(payload, request.count, peer="the sender")
+            for signed in views:
                 results.append(await self.on_disk(partial(self._put_one, signed)))
         return messages.PutDocumentsReply(tuple(results)), b""
 
-    def _put_one(self, signed: messages.SignedDocument) -> messages.PutDocumentResult:
+    def _put_one(self, signed: messages.DocumentView) -> messages.PutDocumentResult:
         try:
             document_id = self._records.put(signed.document, signed.signature)
-        except DocumentRefused as error:
-            _log.warning("document_refused", reason=error.message)
-            return messages.PutDocumentResult(bytes(32), refused=error.message[:8000])
         except CkptdError as error:
             self._metrics.store_failure(error.kind)
-            return messages.PutDocumentResult(bytes(32), refused=error.message[:8000])
+            _log.warning("document_refused", kind=error.kind, reason=error.message)
+            digest = hashlib.sha256(signed.document).digest()
+            refused = error.message[: limits.REFUSED_TEXT_MAX]
+            return messages.PutDocumentResult(digest, refused=refused)
         bitmap = self._records.bitmap(document_id, self._shards)
         return messages.PutDocumentResult(bytes.fromhex(document_id), bitmap=bitmap)
 
     async def _sync(self, request: messages.Sync, _: Payload, __: Progress) -> Answer:
-        catalogue = self._records.catalogue
-        if request.documents_digest == catalogue.digest():
-            return messages.SyncReply(True, len(catalogue)), b""
-        return messages.SyncReply(False, len(catalogue)), catalogue.packed_ids()
+        if request.documents_digest == self._records.digest():
+            return messages.SyncReply(True, len(self._records.catalogue)), b""
+        packed = self._records.packed_ids()
+        return messages.SyncReply(False, len(packed) // 32), packed
 
     async def _verify(self, request: messages.Verify, _: Payload, progress: Progress) -> Answer:
         results = []

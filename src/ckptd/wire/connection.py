@@ -88,6 +88,7 @@ class Connection:
         self._next_id = 1
         self._requests: dict[int, _Request] = {}
         self._held_bytes = 0
+        self._frames_received = 0
         self._reader = _FrameReader()
 
     @property
@@ -95,6 +96,27 @@ class Connection:
         """Ids of the requests without a final response, oldest first. A shell that closes the
         connection fails them; one that gives up waiting leaves them: the answer may still come."""
         return tuple(self._requests)
+
+    @property
+    def collecting(self) -> bool:
+        """Whether a frame has begun to arrive and not ended."""
+        return self._reader.collecting
+
+    @property
+    def frames_received(self) -> int:
+        """How many frames were complete so far."""
+        return self._frames_received
+
+    @property
+    def announced_bytes(self) -> tuple[int, int]:
+        """Body and payload of the frame that is being collected, in bytes, as its header announces
+        them; (0, 0) while there is none. A shell that has no memory for it stops reading."""
+        header = self._reader.header
+        return (header.body_bytes, header.payload_bytes) if header is not None else (0, 0)
+
+    def request_bytes(self, request_id: int) -> int:
+        """Body and payload of an unanswered request, in bytes. Raises KeyError for any other."""
+        return self._requests[request_id].held_bytes
 
     @property
     def closed(self) -> bool:
@@ -223,6 +245,7 @@ class Connection:
             return None
         header, message = reader.header, reader.message
         reader.start_header()
+        self._frames_received += 1
         return self._complete(header, message, memoryview(part).toreadonly())
 
     def _check_header(self, header: frames.FrameHeader) -> None:

@@ -7,8 +7,7 @@ numbers are never used again for something else.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Final, TypeAlias
 
 import msgspec
@@ -202,6 +201,13 @@ class SignedDocument(Message, frozen=True):
     signature: Annotated[bytes, Meta(max_length=limits.SIGNATURE_ENVELOPE_MAX_BYTES)]
 
 
+class DocumentView(Struct, frozen=True, forbid_unknown_fields=True):
+    """As SignedDocument, but `document` is a view of the payload that it came in."""
+
+    document: Annotated[memoryview, Meta(max_length=limits.DOCUMENT_MAX_BYTES)]
+    signature: Annotated[bytes, Meta(max_length=limits.SIGNATURE_ENVELOPE_MAX_BYTES)]
+
+
 class Documents(Message, frozen=True):
     """Follows as payload: a msgpack array of SignedDocument. `missing`: ids not known here."""
 
@@ -369,6 +375,10 @@ NUMBERS: Final[dict[type[Message], int]] = {message: number for number, message 
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders = {number: msgspec.msgpack.Decoder(message) for number, message in TYPES.items()}
+_views_decoder: msgspec.msgpack.Decoder[tuple[msgspec.Raw, ...]] = msgspec.msgpack.Decoder(
+    Annotated[tuple[msgspec.Raw, ...], Meta(max_length=limits.DOCUMENTS_PER_MESSAGE_MAX)]
+)
+_view_decoder = msgspec.msgpack.Decoder(DocumentView)
 _documents_decoder: msgspec.msgpack.Decoder[tuple[SignedDocument, ...]] = msgspec.msgpack.Decoder(
     Annotated[
         tuple[SignedDocument, ...],
@@ -413,20 +423,35 @@ def decode_documents(payload: bytes | memoryview, *, peer: str) -> tuple[SignedD
         raise ProtocolError(peer, f"sent malformed documents: {error}") from error
 
 
+def document_views(payload: bytes | memoryview, count: int, *, peer: str) -> Iterator[DocumentView]:
+    """The `count` documents in what `encode_documents` made, one at a time and without copying
+    them: a payload may be large. Raises ProtocolError."""
+    try:
+        parts = _views_decoder.decode(payload)
+        if len(parts) != count:
+            raise ProtocolError(peer, f"announced {count} documents, sent {len(parts)}")
+        for part in parts:
+            yield _view_decoder.decode(part)
+    except msgspec.DecodeError as error:
+        raise ProtocolError(peer, f"sent malformed documents: {error}") from error
+
+
 def encode_document_ids(ids: Iterable[bytes]) -> bytes:
     """The payload of SyncReply: `ids` (32 bytes each), sorted."""
     return b"".join(sorted(ids))
 
 
-def decode_document_ids(
-    reply: SyncReply, payload: bytes | memoryview, *, peer: str
-) -> tuple[bytes, ...]:
-    """The ids behind `reply`, strictly ascending; none when the catalogues are equal. Raises
-    ProtocolError."""
-    raw = bytes(payload)
-    if len(raw) != (0 if reply.equal else 32 * reply.count):
-        raise ProtocolError(peer, f"announced {reply.count} document ids, sent {len(raw)} bytes")
-    ids = tuple(raw[start : start + 32] for start in range(0, len(raw), 32))
-    if any(first >= second for first, second in itertools.pairwise(ids)):
-        raise ProtocolError(peer, "sent document ids that are not sorted")
-    return ids
+def decode_document_ids(reply: SyncReply, payload: bytes | memoryview, *, peer: str) -> memoryview:
+    """The ids behind `reply`, 32 bytes each and strictly ascending, packed as they came: a quarter
+    of a million of them would take many times that as objects. None when the catalogues are equal.
+    Raises ProtocolError."""
+    packed = memoryview(payload)
+    if len(packed) != (0 if reply.equal else 32 * reply.count):
+        raise ProtocolError(peer, f"announced {reply.count} document ids, sent {len(packed)} bytes")
+    before = b""
+    for start in range(0, len(packed), 32):
+        document_id = bytes(packed[start : start + 32])
+        if document_id <= before:
+            raise ProtocolError(peer, "sent document ids that are not sorted")
+        before = document_id
+    return packed
