@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -66,6 +66,14 @@ class Node:
     def hop(self) -> messages.Hop:
         """Where its bulk port is."""
         return messages.Hop(self.id, self.host, self.bulk_port)
+
+
+class Admitted(NamedTuple):
+    """A document whose hash, signature and author are good."""
+
+    id: str
+    document: Document | UnknownDocument
+    author: Identity
 
 
 class Inventoried(NamedTuple):
@@ -240,12 +248,7 @@ class Cluster:
         merged = await self.headers()
         catalogue = Catalogue(self.cluster)
         small = [key for key, header in merged.items() if header.kind != "manifest"]
-        for signed in await self.fetch(small):
-            try:
-                document_id, document, author = self.admit(signed)
-            except DocumentRefused as error:
-                _log.warning("document_refused", reason=error.message)
-                continue
+        for document_id, document, author in await self.fetch(small):
             catalogue.add(document_id, document, author=author)
         for key, header in merged.items():
             if header.kind == "manifest":
@@ -255,35 +258,43 @@ class Cluster:
                     _log.warning("document_refused", reason=error.message)
         return catalogue
 
-    async def fetch(self, wanted: list[str]) -> list[messages.SignedDocument]:
-        """The signed documents with these ids, from whichever nodes have them."""
+    async def fetch(self, wanted: Iterable[str]) -> list[Admitted]:
+        """The documents with these ids, hash, signature and author checked, from whichever nodes
+        have them. Those that no node can show are left out."""
         left = dict.fromkeys(wanted)
-        found: list[messages.SignedDocument] = []
+        found: list[Admitted] = []
         for node in self.workers:
             todo = list(left)
             while todo:
-                batch, todo = todo[: limits.DOCUMENTS_PER_SYNC], todo[limits.DOCUMENTS_PER_SYNC :]
+                batch = tuple(bytes.fromhex(key) for key in todo[: limits.DOCUMENTS_PER_SYNC])
                 try:
                     reply, payload = await node.control.request(
-                        messages.GetDocuments(tuple(bytes.fromhex(key) for key in batch)),
-                        messages.Documents,
+                        messages.GetDocuments(batch), messages.Documents
                     )
+                    documents = messages.decode_documents(memoryview(payload), peer=node.id)
                 except CkptdError as error:
                     self.lose(node, error)
                     break
-                documents = messages.decode_documents(memoryview(payload), peer=node.id)
-                found.extend(documents)
-                missing = {key.hex() for key in reply.missing}
-                answered = 0
-                for key in batch:
-                    if key not in missing and answered < len(documents):
-                        left.pop(key, None)
-                        answered += 1
-                if documents and answered + len(missing) < len(batch):
-                    todo = [key for key in batch if key in left and key not in missing] + todo
+                for admitted in self._admitted(node, documents):
+                    if admitted.id in left:  # not what nobody asked for, and nothing twice
+                        del left[admitted.id]
+                        found.append(admitted)
+                answered = len(documents) + len(reply.missing)
+                if not answered:
+                    break
+                todo = todo[min(answered, len(batch)) :]
             if not left:
                 break
         return found
+
+    def _admitted(
+        self, node: Node, documents: Iterable[messages.SignedDocument]
+    ) -> Iterator[Admitted]:
+        for signed in documents:
+            try:
+                yield Admitted(*self.admit(signed))
+            except DocumentRefused as error:
+                _log.warning("document_refused", node=node.id, reason=error.message)
 
     # -- shards
 

@@ -8,15 +8,14 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Final
 
-import msgspec
 from msgspec import Struct, structs
 
 from ckptd.client.cluster import AbsentNode, Cluster, Node
+from ckptd.client.documents import manifests
 from ckptd.client.survey import Survey, Surveyed, machines_of, survey, timestamp
-from ckptd.core import limits
 from ckptd.core.availability import EXIT_CODES, State, assess, what_if, worst
 from ckptd.core.copysets import attainable_room
-from ckptd.core.documents import ShardReference, document_id
+from ckptd.core.documents import Manifest
 from ckptd.core.machines import MachineKey
 from ckptd.core.membership import peer_state
 from ckptd.errors import NotFound
@@ -234,27 +233,15 @@ def room_of(cluster: Cluster, versions: Sequence[Surveyed]) -> Room:
     )
 
 
-class _ShardList(Struct, frozen=True):
-    """The one field of a manifest that is counted."""
-
-    shards: tuple[ShardReference, ...]
-
-
-_shard_list_decoder = msgspec.json.Decoder(_ShardList)
-
-
 async def _count_shards(cluster: Cluster, found: Survey) -> ShardCounts:
     """Counts each shard once, however many versions share it: as safe as in the version in which
     it is safest."""
     corrupt = sum(node.status.quarantined for node in cluster.workers)
     standing: dict[str, int] = {}
-    ids = [version_id for version_id, v in found.versions.items() if v.header.shards]
-    for start in range(0, len(ids), limits.MANIFESTS_AT_ONCE):
-        batch = ids[start : start + limits.MANIFESTS_AT_ONCE]
-        for signed in await cluster.fetch(batch):
-            version = found.versions.get(document_id(signed.document))
-            if version is not None:
-                _note_standing(standing, signed.document, version, found.machines)
+    async for admitted, manifest in manifests(
+        cluster, [version.header for version in found.versions.values() if version.header.shards]
+    ):
+        _note_standing(standing, manifest, found.versions[admitted.id], found.machines)
     ranks = Counter(standing.values())
     return ShardCounts(
         total=len(standing),
@@ -271,7 +258,7 @@ _SAFE: Final = 2
 
 def _note_standing(
     standing: dict[str, int],
-    manifest: bytes,
+    manifest: Manifest,
     version: Surveyed,
     machines: Mapping[str, MachineKey],
 ) -> None:
@@ -281,8 +268,7 @@ def _note_standing(
         found = assess(alone, machines, all_answered=True)
         short = found.under_replicated and version.state is not State.PROTECTED
         ranks[holders] = _GONE if found.lost else _SHORT if short else _SAFE
-    references = _shard_list_decoder.decode(manifest).shards
-    for reference, holders in zip(references, version.holdings.shards, strict=False):
+    for reference, holders in zip(manifest.shards, version.holdings.shards, strict=False):
         standing[reference.shard] = max(ranks[holders], standing.get(reference.shard, _GONE))
 
 

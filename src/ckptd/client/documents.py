@@ -6,11 +6,10 @@ documents is read from their signed bytes first.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 
-from ckptd.client.cluster import Cluster, Node
+from ckptd.client.cluster import Admitted, Cluster, Node
 from ckptd.core import limits
 from ckptd.core.catalogue import Catalogue, VersionHeader
 from ckptd.core.documents import Manifest, UnknownDocument, document_id
@@ -18,7 +17,6 @@ from ckptd.errors import (
     DocumentRefused,
     NotAuthorized,
     NotEnoughNodes,
-    NotFound,
     ProtocolError,
     Refused,
 )
@@ -33,7 +31,7 @@ async def next_order(cluster: Cluster, catalogue: Catalogue, now_ms: int) -> int
     `catalogue`.
     """
     while claims := catalogue.unverified_above(max(now_ms, catalogue.highest_order)):
-        await confirm(cluster, catalogue, claims[: limits.MANIFESTS_AT_ONCE])
+        await confirm(cluster, catalogue, claims[: limits.CLAIMS_CHECKED_AT_ONCE])
     return max(now_ms, 1 + catalogue.highest_order)
 
 
@@ -45,23 +43,38 @@ async def confirm(
     Their headers, here and in `catalogue`, are then what the signed documents say, which may be
     another name. The others are withdrawn from `catalogue`.
     """
-    slots = asyncio.Semaphore(limits.MANIFESTS_AT_ONCE)
-
-    async def check(version: VersionHeader) -> VersionHeader | None:
-        try:
-            async with slots:
-                _, document, author = cluster.admit(await cluster.signed(version.id))
-        except NotFound:
-            document = None
-        if not isinstance(document, Manifest):
+    wanted = list(versions)
+    confirmed = set()
+    async for admitted, _ in manifests(cluster, wanted):
+        catalogue.add(admitted.id, admitted.document, author=admitted.author)
+        confirmed.add(admitted.id)
+    for version in wanted:
+        if version.id not in confirmed:
             with contextlib.suppress(KeyError):  # it came signed, and was dropped since
                 catalogue.withdraw(version.id)
-            return None
-        catalogue.add(version.id, document, author=author)
-        return catalogue.version(version.id)
+    found = (catalogue.version(version.id) for version in wanted)
+    return [version for version in found if version is not None and version.id in confirmed]
 
-    checked = await asyncio.gather(*(check(version) for version in versions))
-    return [version for version in checked if version is not None]
+
+async def manifests(
+    cluster: Cluster, versions: Iterable[VersionHeader]
+) -> AsyncIterator[tuple[Admitted, Manifest]]:
+    """The manifests of `versions`, checked, in any order; those that no node can show are left out.
+
+    Only a few are in memory at a time, fewer of large ones.
+    """
+    batch: list[str] = []
+    weight = 0
+    for version in [*versions, None]:
+        own = 0 if version is None else version.shards + version.files
+        if batch and (version is None or weight + own > limits.MANIFEST_ENTRIES_AT_ONCE):
+            for admitted in await cluster.fetch(batch):
+                if isinstance(admitted.document, Manifest):
+                    yield admitted, admitted.document
+            batch, weight = [], 0
+        if version is not None:
+            batch.append(version.id)
+            weight += own
 
 
 async def publish(cluster: Cluster, raw: bytes) -> dict[str, messages.PutDocumentResult]:

@@ -151,4 +151,5 @@ SHARDS_AHEAD_MAX: Final = 128  # hashed and waiting to be sent
 SHARDS_PER_VERIFY: Final = 64  # in one question
 
 # Questions of a client
-MANIFESTS_AT_ONCE: Final = 8  # fetched and checked at the same time, 16 MiB each at most
+MANIFEST_ENTRIES_AT_ONCE: Final = 10_000  # shards and files of the manifests in memory together
+CLAIMS_CHECKED_AT_ONCE: Final = 8  # manifests with an order ahead of the clock
