@@ -25,6 +25,10 @@ COMMANDS: Final = {
     "status": ("ckptd.cli.cluster_state:status_command", "is everything protected"),
     "nodes": ("ckptd.cli.cluster_state:nodes_command", "one row per node"),
     "what-if": ("ckptd.cli.cluster_state:what_if_command", "what the death of nodes would cost"),
+    "rm": ("ckptd.cli.marks:rm_command", "remove checkpoints"),
+    "undelete": ("ckptd.cli.marks:undelete_command", "bring a removed checkpoint back"),
+    "pin": ("ckptd.cli.marks:pin_command", "protect a version from retention"),
+    "unpin": ("ckptd.cli.marks:unpin_command", "take pins back"),
     "pki": ("ckptd.cli.pki:pki_commands", "the cluster's CA and certificates"),
     "completion": ("ckptd.cli.completion:completion", "shell completion"),
 }

@@ -12,8 +12,9 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from ckptd.client.cluster import Admitted, Cluster, Node
 from ckptd.core import limits
 from ckptd.core.catalogue import Catalogue, VersionHeader
-from ckptd.core.documents import Manifest, UnknownDocument, document_id
+from ckptd.core.documents import Manifest, UnknownDocument
 from ckptd.errors import (
+    CkptdError,
     DocumentRefused,
     NotAuthorized,
     NotEnoughNodes,
@@ -111,22 +112,13 @@ def stored_on(results: Mapping[str, messages.PutDocumentResult]) -> list[str]:
     return sorted(node for node, result in results.items() if not result.refused)
 
 
-async def publish_somewhere(cluster: Cluster, raw: bytes) -> list[str]:
-    """As `publish`; the nodes on which it is durable now. The others get it from them.
-
-    Raises NotEnoughNodes when no worker answered, Refused when all that answered refused.
-    """
-    cluster.require_nodes()
-    results = await publish(cluster, raw)
-    stored = stored_on(results)
-    if stored:
-        return stored
+def refusals(results: Mapping[str, messages.PutDocumentResult], document: str) -> CkptdError:
+    """The error to raise when no node has stored the document with this id."""
     if not results:
-        raise NotEnoughNodes(
-            f"no node took document {document_id(raw)}: none answered", next="ckptd doctor"
-        )
+        return NotEnoughNodes(f"no node took document {document}: none answers", next=_DOCTOR)
     reasons = "; ".join(f"{node}: {results[node].refused}" for node in sorted(results))
-    raise Refused(f"no node took document {document_id(raw)}: {reasons}", next="ckptd doctor")
+    return Refused(f"no node took document {document}: {reasons}", next=_DOCTOR)
 
 
+_DOCTOR = "ckptd doctor"
 _OTHER_CERTIFICATE = "ckptd pki issue client ID   (and name it under tls in the config)"
