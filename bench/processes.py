@@ -165,7 +165,13 @@ def measure(commands: Sequence[Command], daemons: Mapping[str, int], output_dire
     for item in running:
         if item.process.returncode:
             raise MeasurementFailed(_complaint(item, output_directory))
-    return Leg(finished_s - started_s, cpu, peaks, max(0.0, others_s))
+    labels = [*(command.label for command in commands), *daemons]
+    return Leg(
+        seconds=finished_s - started_s,
+        cpu={label: cpu[label] for label in labels},
+        peak_bytes={label: peaks.get(label, 0) for label in labels},
+        other_cpu_seconds=max(0.0, others_s),
+    )
 
 
 @contextlib.contextmanager

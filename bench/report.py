@@ -156,7 +156,7 @@ def processes(results: Results) -> str:
             peaks = results.peak_bytes(leg, side)
             for label, used in results.median_cpu(leg, side).items():
                 user, system = f"{used.user:.2f}", f"{used.system:.2f}"
-                rows.append([leg, label, user, system, f"{peaks.get(label, 0) / _MIB:.0f}"])
+                rows.append([leg, label, user, system, f"{peaks[label] / _MIB:.0f}"])
     return table(["leg", "process", "user, s", "system, s", "peak, MiB"], rows)
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,7 +47,8 @@ def workplace(parent: Path | None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def running(*sides: Side) -> Iterator[None]:
-    """Starts the sides, and stops them whatever happens."""
+    """Starts the sides, and stops them whatever happens, an end by SIGTERM included."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with contextlib.ExitStack() as stack:
         for side in sides:
             stack.callback(side.stop)
