@@ -74,12 +74,12 @@ def _resolve(
 ) -> VersionHeader:
     return catalogue.resolve(
         selector,
-        best=_best(selector, config),
+        best=best_metric(selector, config),
         accept=lambda version: version.id not in incomplete,
     )
 
 
-def _best(selector: Selector, config: Config | None) -> Best | None:
+def best_metric(selector: Selector, config: Config | None) -> Best | None:
     """The metric that the config's first fitting retention rule names for a run."""
     for rule in config.retention if config is not None else ():
         if rule.keep_best is not None and fnmatch.fnmatchcase(selector.name, rule.runs):

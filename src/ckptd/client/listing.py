@@ -8,6 +8,7 @@ import hashlib
 from msgspec import Struct
 
 from ckptd.client.cluster import Cluster
+from ckptd.client.selection import select_version
 from ckptd.client.shard_sources import NodeSources, ShardStream
 from ckptd.client.survey import Survey, Surveyed, survey_versions, timestamp
 from ckptd.core import tensor_index
@@ -141,7 +142,7 @@ async def show_checkpoint(cluster: Cluster, selector: str) -> CheckpointDetails:
     Raises NameRefused, NotFound, or NotEnoughNodes.
     """
     catalogue = await cluster.catalogue()
-    chosen = catalogue.resolve(selector)
+    chosen = await select_version(cluster, catalogue, selector)
     whole = parse_selector(selector) == Selector(chosen.name)
     headers = catalogue.versions(chosen.name) if whole else [chosen]
     found = await survey_versions(cluster, catalogue, headers)

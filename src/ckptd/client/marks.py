@@ -15,6 +15,7 @@ from msgspec import Struct, structs
 
 from ckptd.client.cluster import Cluster, Inventoried
 from ckptd.client.documents import confirm, next_order, publish, refusals, stored_on
+from ckptd.client.selection import select_version
 from ckptd.client.survey import holdings_of, judge, machines_of, silent_workers, timestamp
 from ckptd.core import documents, limits
 from ckptd.core.catalogue import Catalogue, VersionHeader
@@ -61,7 +62,7 @@ async def select_for_removal(
     chosen: dict[str, VersionHeader] = {}
     for text in selectors:
         selector = parse_selector(text)
-        newest = catalogue.resolve(selector)
+        newest = await select_version(cluster, catalogue, text)
         whole = selector == Selector(selector.name)
         for version in catalogue.versions(selector.name) if whole else [newest]:
             chosen[version.id] = version
@@ -179,7 +180,7 @@ async def pin(cluster: Cluster, selector: str) -> Marked:
     """Protects a version from retention: the newest of a name, or the selected one. Raises
     NameRefused, NotFound, NotEnoughNodes or NotAuthorized."""
     catalogue = await cluster.catalogue()
-    chosen = catalogue.resolve(selector)
+    chosen = await select_version(cluster, catalogue, selector)
     confirmed = await confirm(cluster, catalogue, [chosen])
     if not confirmed or confirmed[0].name != chosen.name:
         raise NotFound(
@@ -204,7 +205,7 @@ async def unpin(cluster: Cluster, selector: str) -> Marked:
     """Takes back the pins of a version, or without @ of all versions of a name. Raises as `pin`."""
     catalogue = await cluster.catalogue()
     parsed = parse_selector(selector)
-    newest = catalogue.resolve(parsed)
+    newest = await select_version(cluster, catalogue, selector)
     whole = parsed == Selector(parsed.name)
     versions = catalogue.versions(parsed.name) if whole else [newest]
     pins = {version.id: [pin.id for pin in catalogue.pins(version.id)] for version in versions}

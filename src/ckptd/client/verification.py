@@ -11,6 +11,7 @@ from msgspec import Struct
 from ckptd.client.cluster import Cluster, Node
 from ckptd.client.documents import manifests
 from ckptd.client.progress import Progress
+from ckptd.client.selection import select_version
 from ckptd.client.survey import machines_of, silent_workers
 from ckptd.core import limits
 from ckptd.core.catalogue import VersionHeader
@@ -78,7 +79,8 @@ async def verify(
     """
     catalogue = await cluster.catalogue()
     if selectors:
-        versions = list({v.id: v for v in map(catalogue.resolve, selectors)}.values())
+        chosen = [await select_version(cluster, catalogue, text) for text in selectors]
+        versions = list({version.id: version for version in chosen}.values())
     else:
         versions = catalogue.live_versions()
     return await _verify_versions(cluster, versions, progress)
