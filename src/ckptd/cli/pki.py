@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn, TypeVar
 
 import click
-import msgspec
 
+from ckptd.cli.session import session, shared_options
 from ckptd.client import pki
 from ckptd.client.recovery import read_code
 from ckptd.core.identity import Role
-from ckptd.errors import CkptdError, NotFound, UsageError
+from ckptd.errors import NotFound, UsageError
 
 DEFAULT_DIRECTORY = "~/.config/ckptd/pki"
-
-Result = TypeVar("Result")
 
 _CODE_FILE_MAX_BYTES = 4096
 _ATTEMPTS_AT_THE_CODE = 3
@@ -31,7 +27,6 @@ _directory_option = click.option(
     show_default=True,
     help="Where the CA lies.",
 )
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 @click.group("pki")
@@ -42,26 +37,22 @@ def pki_commands() -> None:
 @pki_commands.command("init")
 @_directory_option
 @click.option("--cluster", required=True, metavar="NAME", help="The cluster's name.")
-@_json_option
-def init_command(directory: Path, cluster: str, as_json: bool) -> None:
+@shared_options
+def init_command(directory: Path, cluster: str) -> None:
     """Make the CA of a new cluster, a client, an admin and the recovery bundle.
 
     Prints the recovery code, once. Nothing that exists is overwritten.
     """
     directory = directory.expanduser()
-    code = _reported(as_json, lambda: pki.init_cluster(directory, cluster))
+    code = pki.init_cluster(directory, cluster)
     bundle = directory / pki.BUNDLE_FILE
-    if as_json:
-        _print_object(
-            {
-                "cluster": cluster,
-                "dir": str(directory),
-                "recovery_bundle": str(bundle),
-                "recovery_code": code,
-            }
-        )
-        return
-    click.echo(
+    session().emit(
+        {
+            "cluster": cluster,
+            "dir": str(directory),
+            "recovery_bundle": str(bundle),
+            "recovery_code": code,
+        },
         f"Cluster {cluster}: CA, client and admin are in {directory}\n"
         "\n"
         f"    Recovery code:  {code}\n"
@@ -72,7 +63,7 @@ def init_command(directory: Path, cluster: str, as_json: bool) -> None:
         f"Copy the bundle to every worker, as {pki.BUNDLE_FILE} in its store directory.\n"
         "\n"
         "Next: make a certificate for each node, and carry it there:\n"
-        f"    ckptd pki issue worker NODE --dir {directory} --out NODE"
+        f"    ckptd pki issue worker NODE --dir {directory} --out NODE",
     )
 
 
@@ -86,10 +77,8 @@ def init_command(directory: Path, cluster: str, as_json: bool) -> None:
     type=click.Path(path_type=Path, file_okay=False),
     help="Where the new files go. [default: the CA's directory]",
 )
-@_json_option
-def issue_command(
-    role: str, node_id: str, directory: Path, out: Path | None, as_json: bool
-) -> None:
+@shared_options
+def issue_command(role: str, node_id: str, directory: Path, out: Path | None) -> None:
     """Make a key and a certificate for ID.
 
     ROLE is worker, coordinator, client, admin or monitor. A machine that is both has the ROLE
@@ -97,21 +86,17 @@ def issue_command(
     """
     directory = directory.expanduser()
     target = None if out is None else out.expanduser()
-    issued = _reported(as_json, lambda: pki.issue(directory, _roles(role), node_id, out=target))
-    if as_json:
-        _print_object(
-            {
-                "id": node_id,
-                "roles": sorted(role.split(",")),
-                "ca": str(issued.ca),
-                "cert": str(issued.cert),
-                "key": str(issued.key),
-            }
-        )
-        return
-    click.echo(
+    issued = pki.issue(directory, _roles(role), node_id, out=target)
+    session().emit(
+        {
+            "id": node_id,
+            "roles": sorted(role.split(",")),
+            "ca": str(issued.ca),
+            "cert": str(issued.cert),
+            "key": str(issued.key),
+        },
         "In the config of this node:\n"
-        f"    tls: {{ca: {issued.ca}, cert: {issued.cert}, key: {issued.key}}}"
+        f"    tls: {{ca: {issued.ca}, cert: {issued.cert}, key: {issued.key}}}",
     )
 
 
@@ -130,25 +115,23 @@ def issue_command(
     type=click.Path(path_type=Path, dir_okay=False),
     help="Read the recovery code from this file instead of asking for it.",
 )
-@_json_option
-def recover_command(bundle: Path, directory: Path, code_file: Path | None, as_json: bool) -> None:
+@shared_options
+def recover_command(bundle: Path, directory: Path, code_file: Path | None) -> None:
     """Bring the CA and the client back from a recovery bundle and its code."""
     directory = directory.expanduser()
-
-    def recovered() -> list[Path]:
-        code = _asked_code() if code_file is None else _code_in(code_file.expanduser())
-        return pki.recover(bundle.expanduser(), code, directory)
-
-    written = [str(path) for path in _reported(as_json, recovered)]
-    if as_json:
-        _print_object({"dir": str(directory), "files": written})
-        return
-    click.echo("Recovered:")
-    for path in written:
-        click.echo(f"    {path}")
-    click.echo(
-        "The code and the bundle stay valid. The admin's key was not in the bundle; a new one:\n"
-        f"    ckptd pki issue admin ID --dir {directory}"
+    code = _asked_code() if code_file is None else _code_in(code_file.expanduser())
+    written = [str(path) for path in pki.recover(bundle.expanduser(), code, directory)]
+    session().emit(
+        {"dir": str(directory), "files": written},
+        "\n".join(
+            [
+                "Recovered:",
+                *(f"    {path}" for path in written),
+                "The code and the bundle stay valid. The admin's key was not in the bundle; a new "
+                "one:",
+                f"    ckptd pki issue admin ID --dir {directory}",
+            ]
+        ),
     )
 
 
@@ -193,33 +176,3 @@ def _code_in(path: Path) -> str:
         return read_code(content.decode("ascii"))
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} holds no recovery code") from error
-
-
-def _reported(as_json: bool, action: Callable[[], Result]) -> Result:
-    try:
-        return action()
-    except CkptdError as error:
-        _fail(error, as_json)
-
-
-def _fail(error: CkptdError, as_json: bool) -> NoReturn:
-    if as_json:
-        _print_object(
-            {
-                "error": {
-                    "code": error.exit_code,
-                    "kind": error.kind,
-                    "message": error.message,
-                    "next": error.next,
-                }
-            }
-        )
-    else:
-        click.echo(f"ckptd: {error.message}", err=True)
-        if error.next:
-            click.echo(f"next: {error.next}", err=True)
-    sys.exit(error.exit_code)
-
-
-def _print_object(content: dict[str, object]) -> None:
-    click.echo(msgspec.json.encode(content).decode())

@@ -2,26 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from click.testing import CliRunner, Result
 
-from ckptd.cli.pki import pki_commands
+from ckptd.cli import main
 from ckptd.client.recovery import new_code, read_code
 from ckptd.core.identity import Role, identity_of
 from ckptd.core.signing import Signer
 
 DEADLINE_S = 30.0
-PROGRAM = "from ckptd.cli.pki import pki_commands; pki_commands()"
+PROGRAM = "from ckptd.cli.main import main; main()"
+
+
+class Result(NamedTuple):
+    exit_code: int
+    stdout: str
+    stderr: str
 
 
 def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(pki_commands, [str(argument) for argument in arguments])
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        exit_code = main.run(["pki", *map(str, arguments)])
+    return Result(exit_code, out.getvalue(), err.getvalue())
 
 
 def last_word_of(output: str, before: str) -> str:
@@ -164,7 +175,7 @@ def test_recover_without_a_terminal_asks_for_a_code_file(home: Path, tmp_path: P
 
 
 def recover_on_a_terminal(bundle: Path, directory: Path, typed: str) -> tuple[int, str, str]:
-    arguments = ["recover", "--bundle", str(bundle), "--dir", str(directory), "--json"]
+    arguments = ["pki", "recover", "--bundle", str(bundle), "--dir", str(directory), "--json"]
     terminal, their_end = os.openpty()
     try:
         with subprocess.Popen(
