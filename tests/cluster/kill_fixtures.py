@@ -220,7 +220,7 @@ def make_checkpoint(
     each = size // (2 * tensors)
     write_safetensors(
         directory / "model.safetensors",
-        {f"layer.{number}.weight": generator.randbytes(each) for number in range(tensors)},
+        {f"{seed}.{number}.weight": generator.randbytes(each) for number in range(tensors)},
     )
     (directory / "optimizer.pt").write_bytes(generator.randbytes(size // 2))
     (directory / "trainer_state.json").write_text(json.dumps({"seed": str(seed)}))

@@ -157,7 +157,9 @@ class LocalCluster:
             "tls": _tls(pki_directory, "client"),
             "discovery": {"mdns": False, "peers": [ports["listen"] for ports in peers.values()]},
         }
-        _write_config(self.client_config, _merged(client, LOCAL_DEFAULTS, overrides))
+        # A client has no store and is no node: what is set for these concerns the nodes alone.
+        shared = {key: value for key, value in overrides.items() if key not in ("node", "store")}
+        _write_config(self.client_config, _merged(client, LOCAL_DEFAULTS, shared))
 
     def _addresses(self, ids: list[str]) -> dict[str, dict[str, Any]]:
         """For each node its addresses: those of its config, or free ports for a new one."""
