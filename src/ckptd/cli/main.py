@@ -15,6 +15,7 @@ from ckptd.errors import CkptdError, UsageError
 
 COMMANDS: Final = {
     "serve": ("ckptd.cli.serve:serve", "run this node"),
+    "demo": ("ckptd.cli.demo:demo", "the whole story in under a minute"),
     "local": ("ckptd.cli.local:local", "an embedded cluster on this machine"),
     "config": ("ckptd.cli.config:config", "validate a config"),
     "store": ("ckptd.cli.store:store", "store a checkpoint"),

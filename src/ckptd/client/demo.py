@@ -1,0 +1,175 @@
+"""The demo: store a checkpoint while a machine dies, restore it while another one dies, compare."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ckptd.client.cluster import connect
+from ckptd.client.local_cluster import LocalCluster, LocalNode
+from ckptd.client.progress import Progress
+from ckptd.client.restore import restore
+from ckptd.client.sample import make_sample
+from ckptd.client.store import StoreResult, store
+from ckptd.client.tree_compare import differences
+from ckptd.config import load
+from ckptd.errors import Refused
+
+Say = Callable[[str], None]
+
+_SHARD_SIZE = "4MiB"  # many shards, so that something is always under way when a node dies
+_NAME = "demo/step-1000"
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """`killed` are the nodes in the order of their deaths; `healed` is None as long as nothing
+    repairs by itself. `fallbacks`: how often the restore took a shard from another node."""
+
+    byte_identical: bool
+    killed: tuple[str, ...]
+    fallbacks: int
+    healed: bool | None
+    seconds: float
+    bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        """As `ckptd demo --json` prints it."""
+        return {field: getattr(self, field) for field in self.__dataclass_fields__}
+
+
+class _KillAt(Progress):
+    """Kills a node, as a power cut would, once a share of the work is done."""
+
+    def __init__(self, share: float, kill: Callable[[], None]) -> None:
+        self._share = share
+        self._kill = kill
+        self._lock = threading.Lock()
+        self._total = 0
+        self._done = 0
+        self._killed = False
+
+    def total(self, size: int) -> None:
+        self._total = size
+
+    def node(self, node: str, size: int) -> None:
+        with self._lock:
+            self._done += size
+            if self._killed or not size or self._done < self._share * self._total:
+                return
+            self._killed = True
+        self._kill()
+
+    def finish(self) -> None:
+        """Kills it now if the work was too small to be caught in the middle."""
+        if not self._killed:
+            self._killed = True
+            self._kill()
+
+
+async def run_demo(checkpoint: Path | None, say: Say) -> DemoResult:
+    """Plays the whole story in a temporary directory and removes it at the end.
+
+    `checkpoint` is the user's own (read only), None makes one. Raises CkptdError when a step
+    fails, after cleaning up.
+    """
+    started_s = time.monotonic()
+    place = Path(tempfile.mkdtemp(prefix="ckptd-demo-"))
+    cluster = LocalCluster(place / "cluster")
+    try:
+        if checkpoint is None:
+            checkpoint = place / "checkpoint"
+            say("Making a checkpoint, like one that a trainer leaves ...")
+            make_sample(checkpoint)
+        say("Starting a cluster: 4 nodes, real daemons, TLS, a CA of its own ...")
+        nodes = cluster.up(4, [f"replication.shard_size={_SHARD_SIZE}"])
+        say("  " + ", ".join(f"{node.id} on {node.describe()['address']}" for node in nodes))
+        return await _Demo(checkpoint, place, cluster, nodes, say).run(started_s)
+    finally:
+        if cluster.nodes():
+            cluster.down()
+        shutil.rmtree(place, ignore_errors=True)
+
+
+class _Demo:
+    def __init__(
+        self,
+        checkpoint: Path,
+        place: Path,
+        cluster: LocalCluster,
+        nodes: list[LocalNode],
+        say: Say,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._place = place
+        self._config = load(cluster.client_config)
+        self._nodes = {node.id: node for node in nodes}
+        self._say = say
+        self._killed: list[str] = []
+
+    async def run(self, started_s: float) -> DemoResult:
+        stored = await self._store()
+        target, fallbacks = await self._restore()
+        self._say("Comparing every file with the original, byte by byte ...")
+        found = differences(self._checkpoint, target)
+        for line in found[:10]:
+            self._say(f"  DIFFERENT: {line}")
+        return DemoResult(
+            byte_identical=not found,
+            killed=tuple(self._killed),
+            fallbacks=fallbacks,
+            healed=None,
+            seconds=time.monotonic() - started_s,
+            bytes=stored.bytes,
+        )
+
+    async def _store(self) -> StoreResult:
+        self._say(f"Storing it as {_NAME}, each shard on two nodes ...")
+        killer = _KillAt(0.3, lambda: self._kill("while the store is running"))
+        async with connect(self._config) as cluster:
+            result = await store(cluster, self._checkpoint, name=_NAME, progress=killer)
+        killer.finish()
+        self._say(
+            f"  {result.state}: {result.bytes / 1e6:.0f} MB in {result.shards} shards, "
+            f"{result.copies} copies each, {result.seconds:.1f} s. "
+            "What the dead node had taken was sent to others."
+        )
+        if result.state != "protected":
+            raise Refused("the demo's checkpoint did not become protected", next="ckptd doctor")
+        return result
+
+    async def _restore(self) -> tuple[Path, int]:
+        self._say("Restoring it ...")
+        target = self._place / "restored"
+        killer = _KillAt(0.2, lambda: self._kill("while the restore is running"))
+        async with connect(self._config) as cluster:
+            result = await restore(cluster, _NAME, to=target, progress=killer)
+        killer.finish()
+        self._say(
+            f"  {result.bytes / 1e6:.0f} MB in {result.seconds:.1f} s from "
+            f"{', '.join(sorted(result.sources))}; {result.fallbacks} shards came from the other "
+            "copy because a node died."
+        )
+        return target, result.fallbacks
+
+    def _kill(self, when: str) -> None:
+        """SIGKILL for the living node that holds the most: nothing warns it."""
+        living = [node for node_id, node in self._nodes.items() if node_id not in self._killed]
+        victim = max(living, key=_held_bytes)
+        os.kill(victim.pid, signal.SIGKILL)
+        self._killed.append(victim.id)
+        self._say(f"  kill -9 {victim.id} {when}")
+
+
+def _held_bytes(node: LocalNode) -> int:
+    assert node.config.store is not None
+    shards = node.config.store.path / "shards"
+    return sum(path.stat().st_size for path in shards.glob("*/*"))
