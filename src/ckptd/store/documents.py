@@ -104,6 +104,7 @@ class DocumentFiles:
             document, signature = self._read_both(document_id, uncached=True)
             if document is not None and signature is not None:
                 return document, signature
+            self._medium.confirm()
             self.quarantine(document_id)
         fault = "has another hash" if document is None else "has no signature"
         raise IntegrityError(

@@ -180,6 +180,8 @@ def _take_lock(path: str, filesystem: FileSystem) -> int:
 
 def _medium(path: str, filesystem: FileSystem, store_id: str | None = None) -> Medium:
     def probe() -> None:
+        if store_id is None:
+            return  # not known to be a store yet: the marker's absence says nothing of the disk
         found = read_marker(path, filesystem, uncached=True)
         if found != store_id:
             raise OSError(errno.ENODEV, f"another store ({found}) is mounted here now")

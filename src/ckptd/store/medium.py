@@ -32,6 +32,8 @@ FAILED_ERRNOS: Final = frozenset(
         getattr(errno, "EDEVERR", errno.EIO),  # macOS
     }
 )
+# A path below the store that leads nowhere: the file may be gone, or the file system below it.
+PATH_LOST_ERRNOS: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
 NO_ROOM_ERRNOS: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -39,7 +41,8 @@ class Medium:
     """The disk below one store, as far as its errors tell. Thread-safe.
 
     `path` is the store's directory (for messages); `probe` reads the store's marker past the page
-    cache and raises when that is impossible or when it is another store's.
+    cache and raises when that is impossible or when it is another store's. It is asked at intervals
+    and whenever a path of the store leads nowhere.
     """
 
     def __init__(self, path: str, probe: Callable[[], None]) -> None:
@@ -77,6 +80,15 @@ class Medium:
             self.fail(f"the store's marker cannot be read: {error}")
         return self._failed is None
 
+    def confirm(self) -> None:
+        """Read the marker uncached, and raise `MediumFailed` when the disk has failed.
+
+        To be called before a file that is missing is believed to be gone: below an unmounted disk
+        every file is missing.
+        """
+        self.check()
+        self.require()
+
     @contextmanager
     def operation(self, what: str) -> Iterator[None]:
         """Run a block of file-system calls; `what` names it in messages ("store shard 12ab…").
@@ -103,6 +115,8 @@ class Medium:
         if error.errno in FAILED_ERRNOS:
             self.fail(reason)
             return self._failure(reason)
+        if error.errno in PATH_LOST_ERRNOS and not self.check():
+            return self._failure(self._failed or reason)
         return StoreOperationFailed(
             f"{self.path}: {reason}", next=f"ls -la {self.path}; ckptd doctor"
         )

@@ -335,6 +335,7 @@ class ShardStore:
         return True
 
     def _forget_if_missing(self, digest: bytes) -> None:
+        self._medium.confirm()
         with self._changed:
             self._changed.wait_for(lambda: not self._committing[digest])
             try:
