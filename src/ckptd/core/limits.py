@@ -51,6 +51,7 @@ SHARDS_PER_MESSAGE_MAX: Final = 8192
 DOCUMENTS_PER_MESSAGE_MAX: Final = 4096
 VERSIONS_PER_MESSAGE_MAX: Final = 1024
 CHAIN_HOPS_MAX: Final = 4
+HOST_MAX_CHARACTERS: Final = 255  # of a host name or address in a chain
 
 # Control frames: far below those of shards, because they are collected in memory.
 REQUEST_BODY_MAX_BYTES: Final = 512 * KIB  # 8192 digests are 280 KiB
@@ -81,7 +82,10 @@ HANDSHAKE_TIMEOUT_S: Final = 5.0
 CONTROL_CONNECTIONS_MAX: Final = 256
 CONTROL_CONNECTIONS_PER_PEER_MAX: Final = 32
 BULK_SLOTS_PER_HOP: Final = 8
-BULK_CONNECTIONS_PER_HOP_MAX: Final = 24
+BULK_SLOTS_PER_PEER_MAX: Final = 6  # of these, so that nobody takes all
+BULK_CONNECTIONS_PER_HOP_MAX: Final = 16
+BULK_CONNECTIONS_PER_PEER_MAX: Final = 24
+BULK_BODY_MAX_BYTES: Final = 256 * KIB  # of frames on bulk connections
 BULK_BUFFER_BYTES: Final = 256 * KIB
 BULK_IDLE_TIMEOUT_S: Final = 120.0
 CONNECT_TIMEOUT_S: Final = 5.0
@@ -91,6 +95,13 @@ PROGRESS_INTERVAL_S: Final = 1.0
 # the node that stalled and not everybody before it.
 STALL_TIMEOUT_S: Final = 20.0
 STALL_TIMEOUT_STEP_PER_HOP_S: Final = 4.0
+# Once all bytes are there, a bad card may take long to make those of several shards durable.
+FLUSH_TIMEOUT_S: Final = 120.0
+# Of one shard, after the first STALL_TIMEOUT_S. A card that writes 7 MB/s for 8 shards at once, or a
+# 100 Mb/s link shared by 16 transfers, gives over ten times that.
+TRANSFER_MIN_BYTES_PER_S: Final = 32 * KIB
+LAST_WORDS_TIMEOUT_S: Final = 2.0  # for a peer to read why a transfer ended before its time
+EVICT_HANDSHAKE_AFTER_S: Final = 1.0  # one that takes longer makes room when there is none
 
 CLUSTER_NODES_MAX: Final = 64
 
@@ -130,7 +141,8 @@ HTTP_REQUEST_TIMEOUT_S: Final = 5.0  # from the first byte (or the accept) to th
 HTTP_IDLE_TIMEOUT_S: Final = 75.0  # between two requests; monitoring asks every 15 to 60 s
 HTTP_ANSWER_TIMEOUT_S: Final = 10.0  # until the peer has taken the whole answer
 HTTP_CLOSE_TIMEOUT_S: Final = 2.0  # for answers under way when the node stops
-BULK_CONNECTIONS_MAX: Final = 64  # threads of a node that serve bulk connections
+BULK_CONNECTIONS_MAX: Final = 96  # threads of a node that serve bulk connections
+BULK_PUSH_SLOTS: Final = 4  # shards that a node sends to others on request, at the same time
 DISK_THREADS: Final = 4  # of a node's control side
 DOCUMENT_BATCHES_AT_ONCE: Final = 2  # batches of documents that a node reads or writes at a time
 DOCUMENTS_PER_REPLY_BYTES: Final = 4 * MIB  # the first document of a reply may be larger

@@ -3,7 +3,8 @@
 A connection goes through two stages before it is authenticated: *silent* (nothing received yet)
 and *handshake*. Both together are capped, in all and per address, and must end within
 HANDSHAKE_TIMEOUT_S. When a cap is reached, the oldest silent connection makes room, so that idle
-connections never keep out a peer that speaks; if none is silent, the new one is closed.
+connections never keep out a peer that speaks; if none is silent, the oldest handshake does that has
+taken far longer than one takes; else the new one is closed.
 """
 
 from __future__ import annotations
@@ -12,23 +13,30 @@ import asyncio
 import errno
 import socket
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Final
 
 import structlog
 
 from ckptd.core import limits
-from ckptd.net.bulk import tune
+from ckptd.net.bulk_channel import tune
 
 _log = structlog.get_logger(__name__)
+
+# Whatever else accept(2) reports is about one connection, or passes.
+_LISTENER_GONE: Final = (errno.EBADF, errno.EINVAL, errno.ENOTSOCK)
 
 
 @dataclass(eq=False)
 class _Pending:
     address: str
     sock: socket.socket
+    since_s: float
     silent: bool = True
     evicted: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
 
 
 class Unauthenticated:
@@ -43,6 +51,7 @@ class Unauthenticated:
 
     def admit(self, sock: socket.socket, address: str) -> _Pending | None:
         """A place for a new connection, or None when it must be closed."""
+        now_s = time.monotonic()
         same = [pending for pending in self._pending if pending.address == address]
         if len(same) >= limits.UNAUTHENTICATED_CONNECTIONS_PER_ADDRESS_MAX:
             crowd = same
@@ -52,12 +61,17 @@ class Unauthenticated:
             crowd = []
         if crowd:
             self.refused_total += 1
-            oldest = next((pending for pending in crowd if pending.silent), None)
+            slow_s = now_s - limits.EVICT_HANDSHAKE_AFTER_S
+            oldest = next((each for each in crowd if each.silent), None) or next(
+                (each for each in crowd if each.since_s <= slow_s), None
+            )
             if oldest is None:
                 return None
             self._pending.remove(oldest)
             oldest.evicted.set()
-        pending = _Pending(address, sock)
+            if not oldest.silent and oldest.task is not None:
+                oldest.task.cancel()
+        pending = _Pending(address, sock, now_s)
         self._pending.append(pending)
         return pending
 
@@ -90,7 +104,7 @@ class Acceptor:
                 try:
                     sock, address = await loop.sock_accept(self._listener)
                 except OSError as error:
-                    if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
+                    if error.errno in _LISTENER_GONE:
                         raise
                     _log.warning("accept_failed", reason=error.strerror)
                     await asyncio.sleep(0.1)  # descriptors come back when connections end
@@ -107,6 +121,7 @@ class Acceptor:
             sock.close()
             return
         task = asyncio.create_task(self._authenticate(pending), name=f"authenticate {address}")
+        pending.task = task
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -159,7 +174,11 @@ async def server_handshake(sock: socket.socket, context: ssl.SSLContext) -> ssl.
     The socket stays non-blocking. Closes it and raises OSError when the handshake fails.
     """
     loop = asyncio.get_running_loop()
-    secured = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+    try:
+        secured = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+    except BaseException:
+        sock.close()
+        raise
     descriptor = secured.fileno()
     ready = asyncio.Event()
     try:

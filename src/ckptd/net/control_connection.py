@@ -118,6 +118,21 @@ class ControlProtocol(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
+    @property
+    def may_write_now(self) -> bool:
+        """Whether a small frame can be sent without waiting, and not inside of another one."""
+        return (
+            self._transport is not None
+            and not self._transport.is_closing()
+            and not self._sending.locked()
+            and self._may_write.is_set()
+        )
+
+    def write_now(self, chunks: Sequence[Buffer]) -> None:
+        """Sends one small frame when `may_write_now`."""
+        assert self._transport is not None
+        self._transport.writelines(chunks)
+
     async def write(self, chunks: Sequence[Buffer]) -> None:
         """Sends one frame; returns once the transport takes more. Raises PeerStalled when the
         peer takes nothing for REQUEST_TIMEOUT_S."""

@@ -171,8 +171,9 @@ class _ServerProtocol(ControlProtocol):
         connection = self.connection
 
         def progress(message: Message) -> None:
-            if self._may_write.is_set():  # progress is a courtesy: never queue it up
-                self._spawn(self.write(connection.send_response(event.request_id, message)), "")
+            # At once or not at all: in a task of its own it could come behind the answer.
+            if self.may_write_now:
+                self.write_now(connection.send_response(event.request_id, message))
 
         try:
             return await self._server.handler(self.identity, event.message, event.payload, progress)

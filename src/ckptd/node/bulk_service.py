@@ -19,18 +19,26 @@ import structlog
 from ckptd.core import limits
 from ckptd.core.identity import Identity
 from ckptd.core.permissions import Action, may
-from ckptd.errors import CkptdError, NotAuthorized, NotFound, PeerError, ProtocolError
-from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender, stall_timeout_s
+from ckptd.errors import (
+    CkptdError,
+    NotAuthorized,
+    PeerError,
+    PeerUnreachable,
+    ProtocolError,
+    ShardCorrupt,
+)
+from ckptd.net.bulk import BulkChannel, BulkConnector
+from ckptd.net.bulk_channel import patience_s
 from ckptd.net.control_connection import as_error_message
+from ckptd.node.bulk_connections import BulkConnection, BulkConnections, Slots
+from ckptd.node.push import Push
 from ckptd.node.reception import Reception
 from ckptd.node.traffic import Traffic
 from ckptd.store.shards import ShardStore
 from ckptd.wire import messages
-from ckptd.wire.messages import CopyReport, Message
+from ckptd.wire.messages import Message
 
 _log = structlog.get_logger(__name__)
-
-PUSH_HOP: Final = limits.CHAIN_HOPS_MAX
 
 _ACTIONS: Final[dict[type[Message], Action]] = {
     messages.PutShard: Action.PUT_SHARD,
@@ -39,23 +47,15 @@ _ACTIONS: Final[dict[type[Message], Action]] = {
 }
 
 
-class Slots:
-    """Bounded pools that are never waited for."""
+def may_use_hop(identity: Identity, hop: int) -> bool:
+    """Whether a bulk connection of `identity` may be for `hop`.
 
-    def __init__(self, count: int) -> None:
-        self._free = count
-        self._lock = threading.Lock()
-
-    def take(self) -> bool:
-        with self._lock:
-            if not self._free:
-                return False
-            self._free -= 1
-            return True
-
-    def give_back(self) -> None:
-        with self._lock:
-            self._free += 1
+    Hop 0 is for whoever stores and restores, the others for nodes that pass shards on: a worker
+    that fell into the wrong hands cannot take the slots of the clients.
+    """
+    if hop == 0:
+        return may(identity.roles, Action.GET_SHARD)
+    return identity.is_node
 
 
 class BulkService:
@@ -79,12 +79,15 @@ class BulkService:
         self.traffic = traffic
         self._hello = hello
         self._on_suspicion = on_suspicion
-        hops = range(limits.CHAIN_HOPS_MAX + 1)
-        self._connections = [Slots(limits.BULK_CONNECTIONS_PER_HOP_MAX) for _ in hops]
-        self._receive_slots = [Slots(limits.BULK_SLOTS_PER_HOP) for _ in hops]
-        self._read_slots = Slots(limits.BULK_READ_SLOTS)
+        per_peer = limits.BULK_SLOTS_PER_PEER_MAX
+        self.connections = BulkConnections()
+        self.receive_slots = [
+            Slots(limits.BULK_SLOTS_PER_HOP, per_peer=per_peer)
+            for _ in range(limits.CHAIN_HOPS_MAX + 1)
+        ]
+        self.read_slots = Slots(limits.BULK_READ_SLOTS, per_peer=per_peer)
+        self.push_slots = Slots(limits.BULK_PUSH_SLOTS)
         self._lock = threading.Lock()
-        self._channels: dict[BulkChannel, threading.Thread] = {}
         self._busy = 0
         self._idle = threading.Condition(self._lock)
         self._stopping = False
@@ -93,16 +96,23 @@ class BulkService:
         """Takes over an authenticated socket."""
         sock.setblocking(True)
         channel = BulkChannel(sock, identity.node_id, timeout_s=limits.HANDSHAKE_TIMEOUT_S)
+        connection = self.connections.admit(channel)
+        if connection is None:
+            _log.info("bulk_connection_refused", peer=channel.peer, reason="too many connections")
+            channel.close()
+            return
         thread = threading.Thread(
-            target=self._serve, args=(channel, identity), name=f"bulk {identity.node_id}"
+            target=self._serve,
+            args=(connection, identity),
+            name=f"bulk {identity.node_id}",
+            daemon=True,
         )
-        thread.daemon = True
-        with self._lock:
-            if self._stopping or len(self._channels) >= limits.BULK_CONNECTIONS_MAX:
-                channel.close()
-                return
-            self._channels[channel] = thread
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:  # the system gives no more threads
+            _log.error("bulk_connection_refused", peer=channel.peer, reason=str(error))
+            self.connections.leave(connection)
+            channel.close()
 
     def stop(self, timeout_s: float) -> bool:
         """Takes nothing new, lets transfers under way finish for `timeout_s`, closes everything.
@@ -111,71 +121,93 @@ class BulkService:
         deadline_s = time.monotonic() + timeout_s
         with self._lock:
             self._stopping = True
+        self.connections.close()
+        with self._lock:
             while self._busy and (left_s := deadline_s - time.monotonic()) > 0:
                 self._idle.wait(left_s)
             finished = not self._busy
-            threads = list(self._channels.items())
-        for channel, _ in threads:
-            channel.close()
-        for _, thread in threads:
-            thread.join(timeout=1.0)
+        self.connections.interrupt_all()
+        self.connector.close()  # threads that forward wait on other nodes
+        self.connections.wait_empty(limits.LAST_WORDS_TIMEOUT_S)
         return finished
 
-    def _serve(self, channel: BulkChannel, identity: Identity) -> None:
+    def _serve(self, connection: BulkConnection, identity: Identity) -> None:
+        channel = connection.channel
         try:
-            hop = self._greet(channel)
-            if hop is None:
-                return
-            try:
-                while not (channel.broken or self._stopping):
-                    channel.set_timeout(limits.BULK_IDLE_TIMEOUT_S)
-                    if not channel.wait_for_frame(limits.BULK_IDLE_TIMEOUT_S):
-                        return
-                    self._serve_one(channel, identity, hop)
-            finally:
-                self._connections[hop].give_back()
+            if self._greet(connection, identity):
+                self._serve_requests(connection, identity)
+        except ProtocolError as error:
+            self.traffic.error(error.kind)
+            _log.warning("bulk_connection_dropped", peer=channel.peer, reason=error.reason)
+            self._refuse(channel, error)
         except PeerError as error:
             _log.debug("bulk_connection_ended", peer=channel.peer, reason=error.reason)
         except Exception:  # the edge of this thread: one connection must not take the node down
             _log.exception("bulk_connection_failed", peer=channel.peer)
         finally:
             channel.close()
-            with self._lock:
-                self._channels.pop(channel, None)
+            self.connections.leave(connection)
 
-    def _greet(self, channel: BulkChannel) -> int | None:
-        """Exchanges hellos; the hop that this connection is for, or None when it is refused."""
+    def _refuse(self, channel: BulkChannel, error: CkptdError) -> None:
+        """Tells the peer why its connection ends, if it listens."""
+        try:
+            channel.set_timeout(limits.LAST_WORDS_TIMEOUT_S)
+            channel.send(as_error_message(error, self.node_id))
+            channel.drain(limits.LAST_WORDS_TIMEOUT_S)
+        except (PeerError, OSError):
+            pass  # it does not
+
+    def _greet(self, connection: BulkConnection, identity: Identity) -> bool:
+        """Exchanges hellos; whether the connection is taken."""
+        channel = connection.channel
         header, hello = channel.receive()
         if not isinstance(hello, messages.Hello) or hello.cluster != self.cluster:
-            channel.send(messages.Error("protocol", "hello of this cluster expected"))
-            return None
-        if not self._connections[header.hop].take():
+            raise ProtocolError(channel.peer, "sent no hello of this cluster")
+        if not may_use_hop(identity, header.hop):
+            self._refuse(channel, self._not_authorized(identity, f"use hop {header.hop}"))
+            return False
+        if not self.connections.enter(connection, header.hop):
             channel.send(messages.Busy("has too many bulk connections"))
-            return None
+            return False
         channel.send(self._hello())
-        return header.hop
+        return True
 
-    def _serve_one(self, channel: BulkChannel, identity: Identity, hop: int) -> None:
-        channel.set_timeout(stall_timeout_s(hop))
+    def _not_authorized(self, identity: Identity, what: str) -> NotAuthorized:
+        _log.warning("request_refused", peer=identity.node_id, request=what)
+        self.traffic.error(NotAuthorized.kind)
+        return NotAuthorized(f"{identity} may not {what}")
+
+    def _serve_requests(self, connection: BulkConnection, identity: Identity) -> None:
+        channel = connection.channel
+        while not channel.broken and self.connections.begin_idle(connection):
+            if not channel.wait_for_frame(limits.BULK_IDLE_TIMEOUT_S):
+                return
+            if not self.connections.begin_work(connection):
+                return
+            self._serve_one(connection, identity)
+
+    def _serve_one(self, connection: BulkConnection, identity: Identity) -> None:
+        channel, hop = connection.channel, connection.hop or 0
+        channel.set_timeout(patience_s(hop))
         header, request = channel.receive()
         action = _ACTIONS.get(type(request))
         if action is None:
-            raise ProtocolError(channel.peer, f"sent {type(request).__name__} on a bulk connection")
+            raise ProtocolError(channel.peer, f"sent {type(request).__name__} as a request")
         if header.hop != hop:
             raise ProtocolError(channel.peer, "changed the hop of a connection")
         if not may(identity.roles, action):
-            refused = NotAuthorized(f"{identity} may not {action.value.replace('_', ' ')}")
-            _log.warning("request_refused", peer=channel.peer, request=action.value)
+            refused = self._not_authorized(identity, action.value.replace("_", " "))
             channel.send(as_error_message(refused, self.node_id))
             return
-        with self._lock:
-            if self._stopping:
-                channel.send(messages.Busy("is stopping"))
-                return
-            self._busy += 1
+        if not self._begin_request():
+            channel.send(messages.Busy("is stopping"))
+            return
         try:
             self._dispatch(channel, request, hop)
-        except PeerError:
+        except ProtocolError:
+            raise
+        except PeerError as error:
+            self.traffic.error(error.kind)
             raise
         except CkptdError as error:
             self.traffic.error(error.kind)
@@ -185,62 +217,47 @@ class BulkService:
                 self._busy -= 1
                 self._idle.notify_all()
 
+    def _begin_request(self) -> bool:
+        with self._lock:
+            if self._stopping:
+                return False
+            self._busy += 1
+            return True
+
     def _dispatch(self, channel: BulkChannel, request: Message, hop: int) -> None:
         if isinstance(request, messages.PutShard):
-            self._with_slot(
-                self._receive_slots[hop], channel, lambda: self._put(channel, request, hop)
+            reception = Reception(
+                channel,
+                request,
+                hop=hop,
+                node_id=self.node_id,
+                store=self.store,
+                connector=self.connector,
+                traffic=self.traffic,
             )
+            self._with_slot(self.receive_slots[hop], channel, reception.run)
         elif isinstance(request, messages.PushShard):
-            self._with_slot(
-                self._receive_slots[PUSH_HOP], channel, lambda: self._push(channel, request)
+            push = Push(
+                channel,
+                request,
+                node_id=self.node_id,
+                store=self.store,
+                connector=self.connector,
+                traffic=self.traffic,
+                on_suspicion=self._on_suspicion,
             )
+            self._with_slot(self.push_slots, channel, push.run)
         elif isinstance(request, messages.GetShard):
-            self._with_slot(self._read_slots, channel, lambda: self._get(channel, request))
+            self._with_slot(self.read_slots, channel, lambda: self._get(channel, request))
 
     def _with_slot(self, slots: Slots, channel: BulkChannel, work: Callable[[], None]) -> None:
-        if not slots.take():
+        if not slots.take(channel.peer):
             channel.send(messages.Busy("has no free slot"))
             return
         try:
             work()
         finally:
-            slots.give_back()
-
-    def _put(self, channel: BulkChannel, request: messages.PutShard, hop: int) -> None:
-        Reception(
-            channel,
-            request,
-            hop=hop,
-            node_id=self.node_id,
-            store=self.store,
-            connector=self.connector,
-            traffic=self.traffic,
-        ).run()
-
-    def _push(self, channel: BulkChannel, request: messages.PushShard) -> None:
-        target = request.chain[0]
-        with self.store.open_read(request.shard) as source:
-            if source.size != request.size:
-                raise NotFound(f"shard {request.shard.hex()} has {source.size} bytes here")
-            put = messages.PutShard(request.shard, request.size, request.chain[1:])
-            out = self.connector.acquire(target.node, target.host, target.port, hop=PUSH_HOP)
-            try:
-                sender = ShardSender(
-                    out,
-                    put,
-                    hop=PUSH_HOP,
-                    on_change=lambda: channel.send(
-                        messages.Progress(tuple(sender.reports.values()))
-                    ),
-                )
-                started_s = time.monotonic()
-                sender.negotiate()
-                reports = sender.send(source, memoryview(bytearray(limits.BULK_BUFFER_BYTES)))
-            finally:
-                self.connector.release(target.node, target.host, target.port, out, hop=PUSH_HOP)
-        self.traffic.sent(target.node, sender.sent_bytes, time.monotonic() - started_s)
-        own = CopyReport(self.node_id, "present", request.size)
-        channel.send(messages.PutResult((own, *reports)))
+            slots.give_back(channel.peer)
 
     def _get(self, channel: BulkChannel, request: messages.GetShard) -> None:
         with self.store.open_read(request.shard) as source:
@@ -248,21 +265,18 @@ class BulkService:
             channel.send(messages.ShardData(request.shard), payload_bytes=source.size)
             buffer = memoryview(bytearray(limits.BULK_BUFFER_BYTES))
             offset = 0
-            while offset < source.size:
-                try:
+            try:
+                while offset < source.size:
                     count = source.read_into(buffer, offset)
-                except CkptdError as error:
-                    # The payload was promised: the only honest end is to break the connection.
-                    channel.broken = True
-                    self.traffic.error(error.kind)
-                    self._on_suspicion(request.shard)
-                    _log.error("shard_read_failed", shard=request.shard.hex(), reason=error.message)
-                    return
-                if not count:
-                    break
-                channel.send_payload(buffer[:count])
-                offset += count
-            if offset != source.size:  # the file shrank while it was read
-                channel.broken = True
+                    if not count:
+                        raise ShardCorrupt(request.shard.hex(), node=self.node_id)
+                    channel.send_payload(buffer[:count])
+                    offset += count
+            except PeerError:
+                raise
+            except CkptdError as error:
+                # The payload was promised: the only honest end is to break the connection.
                 self._on_suspicion(request.shard)
+                _log.error("shard_read_failed", shard=request.shard.hex(), reason=error.message)
+                raise PeerUnreachable(channel.peer, "was promised bytes that are gone") from error
         self.traffic.sent(channel.peer, source.size, time.monotonic() - started_s)

@@ -13,8 +13,19 @@ import time
 import structlog
 
 from ckptd.core import limits
-from ckptd.errors import CkptdError, LimitExceeded, PeerError, ProtocolError
-from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender, stall_timeout_s
+from ckptd.core.names import check_node_id
+from ckptd.errors import (
+    CkptdError,
+    NameRefused,
+    PeerBusy,
+    PeerError,
+    PeerRefused,
+    ProtocolError,
+    Refused,
+    ShardCorrupt,
+)
+from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender
+from ckptd.net.bulk_channel import patience_s
 from ckptd.node.traffic import Traffic
 from ckptd.store.shard_io import IncomingShard, ShardReader
 from ckptd.store.shards import ShardStore, VerifyResult
@@ -28,6 +39,25 @@ def failed_report(node: str, error: CkptdError, received: int = 0) -> CopyReport
     """What a node of the chain says when it did not store its copy."""
     state = "busy" if error.kind == "peer_busy" else "failed"
     return CopyReport(node, state, received, error.kind, error.message[:8000])
+
+
+def check_chain(chain: tuple[Hop, ...], hop: int, node_id: str) -> None:
+    """Raises Refused for a chain behind the node `node_id`, which receives at `hop`, that is too
+    long, comes back to a node, or names what can be no node or address."""
+    if hop + len(chain) > limits.CHAIN_HOPS_MAX:
+        raise Refused(f"a chain of {hop + len(chain)} hops; the limit is {limits.CHAIN_HOPS_MAX}")
+    seen = {node_id}
+    for place in chain:
+        try:
+            check_node_id(place.node)
+        except NameRefused as error:
+            raise Refused(f"a chain names {place.node!a}: {error.message}") from error
+        if place.node in seen:
+            raise Refused(f"a chain comes to {place.node} twice")
+        seen.add(place.node)
+        printable = place.host.isascii() and place.host.isprintable() and " " not in place.host
+        if not (printable and 0 < len(place.host) <= limits.HOST_MAX_CHARACTERS and place.port):
+            raise Refused(f"a chain gives {place.node} no usable address")
 
 
 class _Commit:
@@ -58,6 +88,10 @@ class _Commit:
         self.seconds = time.monotonic() - started_s
 
 
+class _Incomplete(CkptdError):
+    """The shard ended before its last byte: whoever was to get it is not to blame."""
+
+
 class _BehindWriter:
     """A shard that is still coming in, read from the page cache as far as it is written."""
 
@@ -70,7 +104,7 @@ class _BehindWriter:
         """As ShardSource. Raises CkptdError when the shard will never be complete."""
         written = self._incoming.wait_written(offset, self._timeout_s)
         if written <= offset:
-            raise CkptdError("the shard did not come in completely")
+            raise _Incomplete("the shard did not come in completely")
         return self._reader.read_into(buffer[: written - offset], offset)
 
     def close(self) -> None:
@@ -95,6 +129,8 @@ class _Forwarder:
         self._channel: BulkChannel | None = None
         self._sender: ShardSender | None = None
         self._error: CkptdError | None = None
+        self._complete = False  # the exchange has come to its end: the channel serves another
+        self._giving_back = threading.Lock()
         self._thread: threading.Thread | None = None
 
     def negotiate(self) -> None:
@@ -107,6 +143,7 @@ class _Forwarder:
             self._sender = ShardSender(self._channel, self._request, hop=self._hop)
             self._sender.negotiate()
         except CkptdError as error:
+            self._complete = isinstance(error, PeerBusy | PeerRefused)
             self._fail(error)
 
     def start(self, source: ShardReader | _BehindWriter) -> None:
@@ -127,15 +164,27 @@ class _Forwarder:
             return not self._thread.is_alive()
         return True
 
-    def cancel(self) -> None:
-        """Drops the connection to the next node, which then discards what it has."""
-        if self._channel is not None:
-            self._channel.close()
+    def close(self) -> None:
+        """Gives the connection back, or drops it when the transfer has not ended: the next node
+        then discards what it has. To be called once, whatever has happened."""
+        if self._thread is not None and self._thread.is_alive():
+            if self._channel is not None:
+                self._channel.interrupt()  # its thread gives it back
+        else:
+            self._give_back()
+
+    def _give_back(self) -> None:
+        with self._giving_back:
+            channel, self._channel = self._channel, None
+        if channel is not None:
+            target = self._target
+            channel.broken = channel.broken or not self._complete
+            self._connector.release(target.node, target.host, target.port, channel, hop=self._hop)
 
     def reports(self) -> tuple[CopyReport, ...]:
         """What is known of the rest of the chain."""
         known = dict(self._sender.reports) if self._sender is not None else {}
-        if self._error is not None:
+        if self._error is not None and not isinstance(self._error, _Incomplete):
             culprit = self._error.node if isinstance(self._error, PeerError) else self._target.node
             for hop in (self._target, *self._request.chain):
                 report = known.get(hop.node)
@@ -145,11 +194,12 @@ class _Forwarder:
         return tuple(known.values())
 
     def _run(self, source: ShardReader | _BehindWriter) -> None:
-        assert self._sender is not None and self._channel is not None
+        assert self._sender is not None
         started_s = time.monotonic()
         target = self._target
         try:
             self._sender.send(source, memoryview(bytearray(limits.BULK_BUFFER_BYTES)))
+            self._complete = True
             seconds = time.monotonic() - started_s
             self._traffic.sent(target.node, self._sender.sent_bytes, seconds)
         except CkptdError as error:
@@ -159,16 +209,14 @@ class _Forwarder:
             self._fail(CkptdError(f"{target.node}: forwarding failed: {error}"))
         finally:
             source.close()
-            self._connector.release(
-                target.node, target.host, target.port, self._channel, hop=self._hop
-            )
+            self._give_back()
 
     def _fail(self, error: CkptdError) -> None:
         self._error = error
+        if isinstance(error, PeerBusy):  # a hint, not a failure
+            return
         self._traffic.error(error.kind)
         _log.warning("chain_broken", node=self._target.node, reason=error.message)
-        if self._channel is not None:
-            self._channel.close()
 
 
 class Reception:
@@ -198,8 +246,10 @@ class Reception:
         self._told_s = time.monotonic()
 
     def run(self) -> None:
-        """Answers the request. Raises PeerError when the sender fails, after cleaning up."""
+        """Answers the request. Raises PeerError when the sender fails, after cleaning up, and
+        Refused for a chain that cannot be."""
         request = self._request
+        check_chain(request.chain, self._hop, self._node_id)
         if self._is_present():
             self._pass_on_present()
             return
@@ -229,54 +279,62 @@ class Reception:
 
     def _pass_on_present(self) -> None:
         """The shard is here: at most the rest of the chain needs it, from this copy."""
-        forwarder = self._forwarder()
         own = CopyReport(self._node_id, "present", self._request.size)
-        rest = forwarder.reports() if forwarder else ()
-        self._channel.send(messages.Ready(False, (own, *rest)))
-        if forwarder is not None:
-            forwarder.start(self._store.open_read(self._request.shard))
-            try:
-                while not forwarder.join(limits.PROGRESS_INTERVAL_S):
-                    self._channel.send(messages.Progress((own, *forwarder.reports())))
-            except PeerError:
-                forwarder.cancel()
-                raise
-            rest = forwarder.reports()
+        forwarder = self._forwarder()
+        if forwarder is None:
+            self._channel.send(messages.Ready(False, (own,)))
+            self._channel.send(messages.PutResult((own,)))
+            return
+        try:
+            forwarder.negotiate()
+            source = self._store.open_read(self._request.shard)
+            forwarder.start(source)
+            self._channel.send(messages.Ready(False, (own, *forwarder.reports())))
+            while not forwarder.join(limits.PROGRESS_INTERVAL_S):
+                self._channel.send(messages.Progress((own, *forwarder.reports())))
+        finally:
+            forwarder.close()
+        rest = forwarder.reports()
+        if any(report.code == ShardCorrupt.kind for report in rest):
+            own = self._own_copy_checked(own)
         self._channel.send(messages.PutResult((own, *rest)))
 
+    def _own_copy_checked(self, own: CopyReport) -> CopyReport:
+        """After another node got other bytes than the shard's from this copy."""
+        if self._store.verify(self._request.shard) is VerifyResult.OK:
+            return own
+        return failed_report(self._node_id, ShardCorrupt(self._request.shard.hex()))
+
     def _forwarder(self) -> _Forwarder | None:
-        """What passes the shard on, after it has asked the next node; None at the chain's end."""
+        """What passes the shard on to the next node; None at the chain's end."""
         if not self._request.chain:
             return None
-        hop = self._hop + 1
-        if hop > limits.CHAIN_HOPS_MAX:
-            raise LimitExceeded(self._channel.peer, f"asked for hop {hop} of a chain")
-        forwarder = _Forwarder(self._connector, self._request, hop, self._traffic)
-        forwarder.negotiate()
-        return forwarder
+        return _Forwarder(self._connector, self._request, self._hop + 1, self._traffic)
 
     def _take_in(self, incoming: IncomingShard) -> None:
         started_s = time.monotonic()
-        forwarder: _Forwarder | None = None
+        forwarder = self._forwarder()
         try:
-            forwarder = self._forwarder()
-            rest = forwarder.reports() if forwarder else ()
-            self._channel.send(messages.Ready(True, rest))
+            if forwarder is not None:
+                forwarder.negotiate()
+            self._channel.send(messages.Ready(True, forwarder.reports() if forwarder else ()))
             self._expect_payload()
             if forwarder is not None:
-                forwarder.start(_BehindWriter(incoming, stall_timeout_s(self._hop)))
+                forwarder.start(_BehindWriter(incoming, patience_s(self._hop)))
             self._receive_payload(incoming, forwarder)
             if self._error is None:
                 self._commit(incoming, forwarder)
             while forwarder is not None and not forwarder.join(limits.PROGRESS_INTERVAL_S):
                 self._tell(incoming, forwarder)
-        except BaseException:
-            incoming.abort()
+        finally:
+            incoming.abort()  # unless it was committed
             if forwarder is not None:
-                forwarder.cancel()
-            raise
-        self._traffic.received(self._channel.peer, self._received, time.monotonic() - started_s)
+                forwarder.close()
         self._channel.send(messages.PutResult(self._reports(incoming, forwarder)))
+        if self._received < self._request.size:
+            self._channel.drain(limits.LAST_WORDS_TIMEOUT_S)
+        else:
+            self._traffic.received(self._channel.peer, self._received, time.monotonic() - started_s)
 
     def _expect_payload(self) -> None:
         header, data = self._channel.receive()
@@ -303,16 +361,20 @@ class Reception:
             try:
                 incoming.write(buffer[:filled])
             except CkptdError as error:
+                self._received -= filled
                 self._fail(error)
-                self._channel.broken = True
                 return
             self._disk_s += time.monotonic() - started_s
             self._tell(incoming, forwarder)
 
     def _commit(self, incoming: IncomingShard, forwarder: _Forwarder | None) -> None:
         commit = _Commit(incoming)
-        while not commit.join(limits.PROGRESS_INTERVAL_S):
-            self._tell(incoming, forwarder)
+        try:
+            while not commit.join(limits.PROGRESS_INTERVAL_S):
+                self._tell(incoming, forwarder)
+        except PeerError:
+            commit.join(limits.FLUSH_TIMEOUT_S)  # complete as it is, it may as well stay
+            raise
         if commit.error is not None:
             self._fail(commit.error)
         else:

@@ -77,7 +77,9 @@ def channel_of(kind: type[Message]) -> Channel:
 
 def body_limit(kind: type[Message]) -> int:
     """The longest body of a message of type `kind`, in bytes. Requests are held to less, because
-    a node holds many of them at a time."""
+    a node holds many of them at a time, and so is what travels on the many bulk connections."""
+    if channel_of(kind) & Channel.BULK:
+        return limits.BULK_BODY_MAX_BYTES
     if kind in REQUESTS or kind is messages.Hello:
         return limits.REQUEST_BODY_MAX_BYTES
     return limits.FRAME_BODY_MAX_BYTES
