@@ -112,7 +112,7 @@ class Pull:
             why = f"not reached: {'; '.join(absent)}" if absent else "reading it broke off"
             return NotEnoughNodes(
                 f"no good copy of {what} can be reached{known}; {why}",
-                next="ckptd nodes; then start those that are down, and restore again",
+                next=self.sources.how_to_reach,
             )
         return NoGoodCopy(
             f"there is no good copy of {what}{known}, and all nodes have answered",

@@ -95,7 +95,7 @@ async def restore(
         job = _Restore(chosen.version, chosen.manifest, sources, shown, stop, signed=True)
         return job.run(to, files, tensors, force)
 
-    return await _in_thread(work)
+    return await in_thread(work)
 
 
 async def restore_from_stores(
@@ -124,10 +124,10 @@ async def restore_from_stores(
         )
         return job.run(to, files, tensors, force)
 
-    return await _in_thread(work)
+    return await in_thread(work)
 
 
-async def _in_thread(work: Callable[[threading.Event], _T]) -> _T:
+async def in_thread(work: Callable[[threading.Event], _T]) -> _T:
     """Runs blocking work beside the loop; a cancellation stops it, and waits until it has."""
     stop = threading.Event()
     running = asyncio.ensure_future(asyncio.to_thread(work, stop))
@@ -179,13 +179,14 @@ class _Restore:
         if target.replaces == "files":
             check_replaceable(target, [file.path for file in plan.files])
         self._fetch(target, plan, is_file=is_file)
+        seconds = time.monotonic() - started_s
         self._sources.flush()
         return RestoreResult(
             name=self._manifest.name,
             version=self._version,
             to=target.path,
             bytes=plan.size,
-            seconds=time.monotonic() - started_s,
+            seconds=seconds,
             sources=dict(sorted(self._pull.received.items())),
             fallbacks=self._pull.fallbacks,
             verified=True,

@@ -38,7 +38,9 @@ _T = TypeVar("_T")
 Take = Callable[[memoryview], None]
 """Takes the next bytes of a shard; the view is used again afterwards."""
 
-_REPORT_TIMEOUT_S: Final = 10.0
+# To deliver a report. The node goes on with it when nobody waits any more: it reads a bad copy
+# twice, some seconds apart.
+_REPORT_TIMEOUT_S: Final = 1.0
 
 
 class ShardStream(Protocol):
@@ -77,6 +79,10 @@ class ShardSources(Protocol):
     def lose(self, place: str, error: CkptdError) -> None:
         """Notes that a place can no longer be asked."""
 
+    @property
+    def how_to_reach(self) -> str:
+        """What to do about places that are absent, for a message."""
+
     def absent(self) -> list[str]:
         """Places that may have copies and did not answer, in words for a message."""
 
@@ -86,6 +92,8 @@ class ShardSources(Protocol):
 
 class NodeSources:
     """The nodes of a cluster. Made on the event loop of `cluster`, used from other threads."""
+
+    how_to_reach = "ckptd nodes; start those that are down, then restore again"
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -121,7 +129,7 @@ class NodeSources:
             try:
                 await node.control.request(messages.ReportCorrupt(shard), messages.VerifyReply)
             except CkptdError as error:
-                _log.warning("report_failed", node=place, reason=error.message)
+                _log.info("report_unanswered", node=place, reason=error.message)
 
         self._reports.append(asyncio.run_coroutine_threadsafe(report(), self._loop))
 
@@ -232,6 +240,8 @@ class DirectorySources:
     `known_nodes`: how many nodes the documents in them name. Fewer directories than that leave
     open whether the others have copies.
     """
+
+    how_to_reach = "mount more of the stores, and add --from STORE_DIR for each of them"
 
     def __init__(self, directories: Iterable[Path], *, known_nodes: int) -> None:
         self._paths = [str(path) for path in directories]
