@@ -9,9 +9,9 @@ import click
 
 from ckptd.cli.progress import shown_progress
 from ckptd.cli.session import session, shared_options
+from ckptd.cli.tables import size
 from ckptd.config import Config, find_config
 from ckptd.core.names import parse_selector
-from ckptd.core.quantities import format_size
 
 
 @click.command()
@@ -113,9 +113,9 @@ def restore(
                 )
 
     result = session().run(work())
-    places = ", ".join(f"{place} {format_size(size)}" for place, size in result.sources.items())
+    places = ", ".join(f"{place} {size(size)}" for place, size in result.sources.items())
     lines = [
-        f"{result.name}@{result.version[:12]} is in {result.to}: {format_size(result.bytes)} in "
+        f"{result.name}@{result.version[:12]} is in {result.to}: {size(result.bytes)} in "
         f"{result.seconds:.1f} s, every byte verified"
     ]
     if places:

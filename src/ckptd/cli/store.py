@@ -8,8 +8,8 @@ import click
 
 from ckptd.cli.progress import shown_progress
 from ckptd.cli.session import session, shared_options
+from ckptd.cli.tables import count, size
 from ckptd.config import Config
-from ckptd.core.quantities import format_size
 from ckptd.errors import UsageError
 
 
@@ -57,10 +57,10 @@ def store(path: Path, name: str | None, copies: int | None, as_is: bool) -> int:
     result = session().run(work())
     lines = [
         f"{result.name}@{result.version[:12]} is {result.state}: "
-        f"{format_size(result.bytes)} in {result.shards} shards, {result.copies} copies, "
+        f"{size(result.bytes)} in {count(result.shards, 'shard')}, {count(result.copies, 'copy', 'copies')}, "
         f"{result.seconds:.1f} s",
-        f"sent {format_size(result.bytes_sent)}, "
-        f"{result.shards_deduplicated} shards were there already",
+        f"sent {size(result.bytes_sent)}, "
+        f"{count(result.shards_deduplicated, 'shard')} there already",
     ]
     if result.state == "degraded":
         lines.append("fewer copies than wanted: too few nodes took one; next: ckptd nodes")
