@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Final
 
-from bench.results import LIMIT, Results
+from bench.results import LIMIT, Results, disturbed
 from bench.summary import spread, table
 from ckptd.core.quantities import format_size
 
@@ -46,9 +46,9 @@ forces file and directory to the disk before it says that a shard is there; rsyn
 {results.turns} turns in the order ckptd, rsync, ckptd, rsync, after one of each that is not
 counted; new random bytes and new target files in each.
 
-**Where.** {machine.cpu}, {machine.cores} cores, {machine.memory_gib:.0f} GiB, {machine.kernel},
-{machine.filesystem}, {machine.python}, {machine.openssl} ({prices.cipher}), {machine.rsync}. Load
-when it began: {machine.load:.1f}.
+**Where.** {machine.cpu}, {machine.cores} cores, {machine.memory_gib:.0f} GiB of memory,
+{machine.kernel}, {machine.filesystem}, {machine.python}, {machine.openssl} ({prices.cipher}),
+{machine.rsync}. Load when it began: {machine.load:.1f}.
 
 ## Time
 
@@ -161,8 +161,9 @@ def processes(results: Results) -> str:
 
 
 def verdicts(results: Results) -> list[str]:
-    """One sentence for each leg; those above the limit stand out."""
-    sentences = []
+    """One sentence for each leg, those above the limit stand out; before them a warning when the
+    machine was not quiet."""
+    sentences = disturbed(results.disturbance())
     for leg in LEGS:
         value = results.ratios[leg]
         over = leg in results.too_slow()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 import msgspec
@@ -16,6 +16,8 @@ from bench.summary import Ratio, ratio
 FORMAT: Final = 1
 LIMIT: Final = 1.3
 """A ratio above this is too slow to be called comparable."""
+QUIET_SHARE: Final = 0.15
+"""When others use more than this share of all cores, wall time says little about the programs."""
 
 
 class Results(msgspec.Struct, frozen=True):
@@ -41,6 +43,14 @@ class Results(msgspec.Struct, frozen=True):
 
     def others_cpu(self, leg: str, side: str) -> list[float]:
         return [turn.other_cpu_seconds for turn in self.legs[leg][side]]
+
+    def disturbance(self) -> float:
+        """The share of all cores that others used, in the leg and side that it was worst for."""
+        return max(
+            others_share(turns, self.machine.cores)
+            for sides in self.legs.values()
+            for turns in sides.values()
+        )
 
     def ratio(self, leg: str) -> Ratio:
         return leg_ratio(self.legs, leg)
@@ -73,6 +83,21 @@ def leg_ratio(legs: dict[str, dict[str, list[Leg]]], leg: str) -> Ratio:
     """ckptd over rsync."""
     ours, theirs = ([turn.seconds for turn in legs[leg][side]] for side in ("ckptd", "rsync"))
     return ratio(ours, theirs)
+
+
+def others_share(turns: Sequence[Leg], cores: int) -> float:
+    """The share of all cores that others used, at the median over the turns of a leg."""
+    return statistics.median(turn.other_cpu_seconds / (turn.seconds * cores) for turn in turns)
+
+
+def disturbed(share: float) -> list[str]:
+    """A sentence of warning when others used too much of the machine; else nothing."""
+    if share <= QUIET_SHARE:
+        return []
+    return [
+        f"DISTURBED: other processes used {share:.0%} of the machine; measure again when it is "
+        "idle, wall time and ratios say little about the programs here"
+    ]
 
 
 def greatest(peaks: Iterable[dict[str, int]]) -> dict[str, int]:

@@ -19,7 +19,7 @@ import msgspec
 from bench import machine
 from bench.plot import line_plot
 from bench.processes import Leg, MeasurementFailed
-from bench.results import encode, greatest
+from bench.results import disturbed, encode, greatest, others_share
 from bench.sides import CkptdSide
 from bench.store_restore import ROOT, add_options, say
 from bench.summary import spread, table
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (MeasurementFailed, CkptdError) as error:
         print(f"bench: the measurement failed: {error}", file=sys.stderr)
         return 1
-    print(sizes_table(results.sizes, results.size_bytes))
+    print("\n\n".join([sizes_table(results.sizes, results.size_bytes), *warnings(results)]))
     if not options.trial:
         (ROOT / "bench" / "shard-sizes.json").write_bytes(encode(results))
         (ROOT / "docs" / "shard-sizes.md").write_text(page(results), encoding="utf-8")
@@ -135,6 +135,14 @@ def sizes_table(sizes: Sequence[BySize], size_bytes: int) -> str:
     return table(header, rows)
 
 
+def warnings(results: ShardSizes) -> list[str]:
+    """What makes these figures doubtful."""
+    cores = results.machine.cores
+    return disturbed(
+        max(others_share(by_size.legs[leg], cores) for by_size in results.sizes for leg in LEGS)
+    )
+
+
 def against_best(sizes: Sequence[BySize], leg: str, shard_bytes: int) -> tuple[float, int]:
     """How much longer `leg` takes with `shard_bytes` than with the fastest size (0.1 for a tenth
     more), and the fastest size."""
@@ -146,6 +154,7 @@ def against_best(sizes: Sequence[BySize], leg: str, shard_bytes: int) -> tuple[f
 def page(results: ShardSizes) -> str:
     """The text of docs/shard-sizes.md."""
     where = results.machine
+    doubts = "".join(f"- {warning}.\n\n" for warning in warnings(results))
     compared = []
     for leg in LEGS:
         more, best = against_best(results.sizes, leg, SHARD_SIZE_DEFAULT_BYTES)
@@ -161,11 +170,11 @@ def page(results: ShardSizes) -> str:
 Written by `make bench-shards`; every turn is in
 [bench/shard-sizes.json](../bench/shard-sizes.json). Measured {results.measured}.
 
-One file of {format_size(results.size_bytes)} of random bytes, stored with two copies on four local
-workers and restored, by fresh processes, in a new cluster for each: {results.turns} turns through
-all sizes. Seconds are median (range); CPU seconds are those of client and workers together, at the
-median; MiB are the greatest resident size of the storing client, the restoring client, and any
-worker.
+{doubts}One file of {format_size(results.size_bytes)} of random bytes, stored with two copies on
+four local workers and restored, by fresh processes, in a new cluster for each: {results.turns}
+turns through all sizes. Seconds are median (range); CPU seconds are those of client and workers
+together, at the median; MiB are the greatest resident size of the storing client, the restoring
+client, and any worker.
 
 {where.cpu}, {where.cores} cores, {where.kernel}, {where.filesystem}, {where.python},
 {where.openssl}. Load when it began: {where.load:.1f}.

@@ -79,6 +79,33 @@ def test_what_is_over_the_limit_stands_out(store: float, over: list[str]) -> Non
     assert "OVER THE LIMIT: restore" not in report.page(found)
 
 
+@pytest.mark.parametrize(("others_s", "warned"), [(1.2, False), (1.3, True)])
+def test_a_machine_that_was_not_quiet_is_said_first(others_s: float, warned: bool) -> None:
+    found = results()
+    # One leg of one side is enough: 4 s on 2 cores, of which 15 % are 1.2 CPU seconds.
+    found.legs["store"]["rsync"] = [
+        Leg(turn.seconds, turn.cpu, turn.peak_bytes, others_s)
+        for turn in found.legs["store"]["rsync"]
+    ]
+    assert report.verdicts(found)[0].startswith("DISTURBED: ") is warned
+    assert ("DISTURBED: " in report.page(found)) is warned
+
+
+def test_one_disturbed_turn_among_quiet_ones_is_no_reason_to_warn() -> None:
+    found = results()
+    first = found.legs["store"]["rsync"][0]
+    found.legs["store"]["rsync"][0] = Leg(first.seconds, first.cpu, first.peak_bytes, 7.0)
+    assert not report.verdicts(found)[0].startswith("DISTURBED: ")
+
+
+def test_disturbed_shard_sizes_are_called_so() -> None:
+    found = shard_results()
+    assert "DISTURBED" not in shard_sizes.page(found)
+    turns = found.sizes[1].legs["store"]
+    turns[:] = [Leg(turn.seconds, turn.cpu, turn.peak_bytes, 5.0) for turn in turns]
+    assert "DISTURBED: other processes used 83% of the machine" in shard_sizes.page(found)
+
+
 def test_the_profile_is_printed_when_it_is_asked_for() -> None:
     assert "| ckptd store " in report.terminal_text(results(), profile=True)
     assert "| ckptd store " not in report.terminal_text(results(), profile=False)
