@@ -76,13 +76,24 @@ class BreakableCluster:
     def node(self, node_id: str) -> LocalNode:
         return next(node for node in self.local.nodes() if node.id == node_id)
 
+    def pid(self, node_id: str) -> int:
+        """The process of a node, 0 when it does not run."""
+        try:
+            pid = int((self.directory / node_id / "pid").read_text())
+        except FileNotFoundError:
+            return 0
+        return pid if _runs(pid) else 0
+
     def running(self) -> list[str]:
-        return [node.id for node in self.local.nodes() if node.pid]
+        """The nodes that run, by id."""
+        ids = [f"node{number}" for number in range(1, self.count + 1)]
+        return [node_id for node_id in ids if self.pid(node_id)]
 
     def kill(self, *node_ids: str) -> None:
         """SIGKILL, and waits until the processes are gone."""
-        for node in [node for node in self.local.nodes() if node.id in node_ids]:
-            kill_process(node.pid)
+        for node_id in node_ids:
+            if pid := self.pid(node_id):
+                kill_process(pid)
 
     def store_path(self, node_id: str) -> Path:
         return self.directory / node_id / "store"
@@ -156,9 +167,7 @@ def breakable_cluster(directory: Path, **options: Any) -> Iterator[BreakableClus
         cluster.up()
         yield cluster
     finally:
-        for node in cluster.local.nodes():
-            if node.pid:
-                kill_process(node.pid)
+        cluster.kill(*cluster.running())
         shutil.rmtree(directory, ignore_errors=True)
 
 
