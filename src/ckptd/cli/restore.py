@@ -113,7 +113,7 @@ def restore(
                 )
 
     result = session().run(work())
-    places = ", ".join(f"{place} {size(size)}" for place, size in result.sources.items())
+    places = ", ".join(f"{place} {size(part)}" for place, part in result.sources.items())
     lines = [
         f"{result.name}@{result.version[:12]} is in {result.to}: {size(result.bytes)} in "
         f"{result.seconds:.1f} s, every byte verified"
