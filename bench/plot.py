@@ -45,12 +45,12 @@ def line_plot(
         f'<rect width="{_WIDTH}" height="{_HEIGHT}" fill="#ffffff"/>',
         f'<text x="{_LEFT}" y="22" font-size="14">{escape(title)}</text>',
     ]
-    for number in range(round(top / step) + 1):
-        height = up(number * step)
+    for tick in range(round(top / step) + 1):
+        height = up(tick * step)
         parts.append(
             f'<path d="M{_LEFT} {height:.1f}H{_WIDTH - _RIGHT}" stroke="#dddddd"/>'
             f'<text x="{_LEFT - 8}" y="{height + 4:.1f}" text-anchor="end">'
-            f"{number * step:g}</text>"
+            f"{tick * step:g}</text>"
         )
     for size_bytes, label in sizes:
         parts.append(
@@ -58,13 +58,14 @@ def line_plot(
             f'text-anchor="middle">{escape(label)}</text>'
         )
     parts.append(f'<text x="{_LEFT}" y="{_HEIGHT - 10}">size of a shard; seconds upward</text>')
-    for (name, values), colour in zip(series.items(), _COLOURS, strict=False):
+    for number, (name, values) in enumerate(series.items()):
+        colour = _COLOURS[number]
         points = [(across(size), up(value)) for (size, _), value in zip(sizes, values, strict=True)]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in points]
         parts.append(
-            f'<text x="{points[-1][0] + 10:.1f}" y="{points[-1][1] + 4:.1f}" fill="{colour}">'
+            f'<text x="{_WIDTH - _RIGHT + 30}" y="{_TOP + 18 * number}" fill="{colour}">'
             f"{escape(name)}</text>"
         )
     return "\n".join([*parts, "</svg>", ""])

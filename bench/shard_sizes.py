@@ -171,8 +171,8 @@ Written by `make bench-shards`; every turn is in
 [bench/shard-sizes.json](../bench/shard-sizes.json). Measured {results.measured}.
 
 {doubts}One file of {format_size(results.size_bytes)} of random bytes, stored with two copies on
-four local workers and restored, by fresh processes, in a new cluster for each: {results.turns}
-turns through all sizes. Seconds are median (range); CPU seconds are those of client and workers
+four local workers and restored, by fresh processes, in a new cluster for each. Turns through all
+sizes: {results.turns}. Seconds are median (range); CPU seconds are those of client and workers
 together, at the median; MiB are the greatest resident size of the storing client, the restoring
 client, and any worker.
 
