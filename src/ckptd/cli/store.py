@@ -57,8 +57,8 @@ def store(path: Path, name: str | None, copies: int | None, as_is: bool) -> int:
     result = session().run(work())
     lines = [
         f"{result.name}@{result.version[:12]} is {result.state}: "
-        f"{size(result.bytes)} in {count(result.shards, 'shard')}, {count(result.copies, 'copy', 'copies')}, "
-        f"{result.seconds:.1f} s",
+        f"{size(result.bytes)} in {count(result.shards, 'shard')}, "
+        f"{count(result.copies, 'copy', 'copies')}, {result.seconds:.1f} s",
         f"sent {size(result.bytes_sent)}, "
         f"{count(result.shards_deduplicated, 'shard')} there already",
     ]
