@@ -26,6 +26,8 @@ from typing import Any
 from ckptd.client.cluster import connect
 from ckptd.client.local_cluster import LocalCluster, LocalNode
 from ckptd.client.progress import Progress
+from ckptd.client.restore import RestoreResult
+from ckptd.client.restore import restore as restore_checkpoint
 from ckptd.client.store import StoreResult
 from ckptd.client.store import store as store_checkpoint
 from ckptd.config import load
@@ -157,6 +159,29 @@ class BreakableCluster:
                 )
 
         return run_on_loop(work())
+
+    def restore(
+        self, selector: str, to: Path, *, progress: Progress | None = None, **options: Any
+    ) -> RestoreResult:
+        """Restores in this process, through the same function as the command."""
+
+        async def work() -> RestoreResult:
+            async with connect(load(self.config)) as cluster:
+                return await restore_checkpoint(
+                    cluster, selector, to=to, progress=progress, **options
+                )
+
+        return run_on_loop(work())
+
+    def comes_back(self, selector: str, source: Path, *, progress: Progress | None = None) -> bool:
+        """Restores a version to a place of its own, and compares it with the directory that was
+        stored."""
+        target = self.directory / "comes-back"
+        try:
+            assert self.restore(selector, target, progress=progress).verified
+            return tree(target) == tree(source)
+        finally:
+            shutil.rmtree(target, ignore_errors=True)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ import collections
 import hashlib
 import os
 import random
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -23,16 +22,10 @@ from tests.cluster.kill_fixtures import (
     breakable_cluster,
     kill_process,
     make_checkpoint,
-    tree,
     wait_until,
 )
 
-from ckptd.client.cluster import connect
 from ckptd.client.progress import Progress
-from ckptd.client.restore import RestoreResult
-from ckptd.client.restore import restore as restore_checkpoint
-from ckptd.config import load
-from ckptd.net.loop import run as run_on_loop
 
 MIB = 1024 * 1024
 CHECKPOINT_BYTES = 6 * MIB
@@ -180,26 +173,10 @@ class _Rounds:
             return True
         return False
 
-    def restore(self, version: str, *, progress: Progress | None = None) -> RestoreResult:
+    def restore(self, version: str, *, progress: Progress | None = None) -> None:
         """Restores a version and compares it."""
-        source, target = self.protected[version], self.place / "restored"
-
-        async def work() -> RestoreResult:
-            async with connect(load(self.cluster.config)) as connection:
-                return await restore_checkpoint(
-                    connection,
-                    f"{self.names[version]}@{version}",
-                    to=target,
-                    progress=progress,
-                )
-
-        try:
-            restored = run_on_loop(work())
-            assert restored.verified and restored.version == version
-            assert tree(target) == tree(source), f"{self.names[version]} came back otherwise"
-            return restored
-        finally:
-            shutil.rmtree(target, ignore_errors=True)
+        selector = f"{self.names[version]}@{version}"
+        assert self.cluster.comes_back(selector, self.protected[version], progress=progress)
 
     def _moments(self, killed: list[str]) -> list[tuple[float, float, int]]:
         shares = sorted(self.random.uniform(0.0, 0.9) for _ in killed)
