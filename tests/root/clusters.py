@@ -114,7 +114,9 @@ class DaemonCluster:
             self.command(*arguments), capture_output=True, text=True, timeout=110, check=False
         )
         shown = " ".join(map(str, arguments))
-        assert done.returncode == exit_code, f"{shown}: {done.returncode} {done.stdout}{done.stderr}"
+        assert done.returncode == exit_code, (
+            f"{shown}: {done.returncode} {done.stdout}{done.stderr}"
+        )
         document = json.loads(done.stdout)
         assert isinstance(document, dict)
         return document
@@ -163,9 +165,7 @@ class DaemonCluster:
         return self.ask(look)
 
     def wait_state(self, node: str, state: str, timeout_s: float = 20.0) -> None:
-        wait_until(
-            lambda: self.states().get(node) == state, f"{node} is not {state}", timeout_s
-        )
+        wait_until(lambda: self.states().get(node) == state, f"{node} is not {state}", timeout_s)
 
 
 def make_checkpoint(directory: Path, *sizes_bytes: int) -> Path:
@@ -262,7 +262,7 @@ def send_chain(
 
     try:
         channel = connector.acquire(head.node, head.host, head.port)
-        sender = ShardSender(channel, request, hop=0, on_change=tell)
+        sender = ShardSender(channel, request, hop=0, on_news=tell)
         wanted = sender.negotiate()
         reports = sender.send(ShardBytes(content), memoryview(bytearray(MIB)))
         connector.release(head.node, head.host, head.port, channel)

@@ -19,7 +19,8 @@ if _ROOT not in sys.path:
 
 from tests.root.clusters import DaemonCluster  # noqa: E402 (after the path is set)
 from tests.root.devices import Disk, loops_below, mounts_below  # noqa: E402
-from tests.root.namespaces import PREFIX, namespaces  # noqa: E402
+from tests.root.namespaces import PREFIX, Network, namespaces  # noqa: E402
+from tests.root.network_cluster import CLIENT, WORKERS  # noqa: E402
 from tests.root.processes import missing_packages  # noqa: E402
 
 TOOLS = (
@@ -87,16 +88,24 @@ def keep(undo: ExitStack) -> Callable[[Disk], Disk]:
 
 
 @pytest.fixture
-def make_cluster(place: Path, undo: ExitStack) -> Callable[..., DaemonCluster]:
-    """Makes a cluster whose daemons are stopped at the end. Disks are to be made before it, so
-    that they are removed after it."""
+def make_cluster(place: Path, undo: ExitStack) -> Iterator[Callable[..., DaemonCluster]]:
+    """Makes a cluster whose daemons are stopped at the end, before the disks are removed."""
+    with ExitStack() as stack:
 
-    def make(count: int, *settings: str) -> DaemonCluster:
-        cluster = DaemonCluster(place / "cluster", count, *settings)
-        undo.callback(cluster.down)
-        return cluster
+        def make(count: int, *settings: str) -> DaemonCluster:
+            cluster = DaemonCluster(place / "cluster", count, *settings)
+            stack.callback(cluster.down)
+            return cluster
 
-    return make
+        yield make
+
+
+@pytest.fixture
+def network(undo: ExitStack) -> Network:
+    """Four workers and a client on a switch."""
+    network = Network([*WORKERS, CLIENT])
+    undo.callback(network.remove)
+    return network
 
 
 def _processes_below(directory: Path) -> list[str]:

@@ -125,6 +125,12 @@ class FaultyDisk(Disk):
         self._server.kill()
         self._server.wait()
 
+    def remove(self) -> None:
+        """As for every disk, without waiting until a slow one has written what nobody will read."""
+        if self._server is not None:
+            self.cut_power()
+        super().remove()
+
     def _attach_image(self) -> Path:
         socket, view = self.directory / "socket", self.directory / "view"
         socket.unlink(missing_ok=True)

@@ -79,6 +79,12 @@ class Network:
         """The switch forwards everything again."""
         run("ip", "netns", "exec", self._switch, "nft", "delete", "table", "bridge", "silence")
 
+    def received_bytes(self, host: str) -> int:
+        """What has come in over the cable of `host` since it was laid."""
+        shown = run("ip", "-n", self._namespace(host), "-s", "-json", "link", "show", "eth0")
+        (link,) = json.loads(shown)
+        return int(link["stats64"]["rx"]["bytes"])
+
     def remove(self) -> None:
         """Deletes the namespaces, and with them cables and rules."""
         for name in namespaces():

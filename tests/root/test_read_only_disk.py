@@ -89,4 +89,3 @@ def test_a_disk_that_turns_read_only_takes_its_node_out_until_a_restart(
     assert hashlib.sha256(cluster.read("node1", some)).hexdigest() == some
     assert_protected(version, stores)
     assert cluster.send("node1", os.urandom(MIB))[1].state == "durable"
-
