@@ -113,6 +113,8 @@ class ControlProtocol(asyncio.Protocol):
             refusal_ = messages.Error(error.kind, error.message[:8000])
             self._transport.writelines(self.connection.send_refusal(refusal_))
         self._transport.close()
+        # Closing TLS waits for the peer, which may have no wish to see the end.
+        asyncio.get_running_loop().call_later(limits.LAST_WORDS_TIMEOUT_S, self._transport.abort)
 
     def abort(self) -> None:
         if self._transport is not None:

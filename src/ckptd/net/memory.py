@@ -1,14 +1,15 @@
 """How much memory the control connections of a node may take together.
 
-Each connection has a claim on a pool. A claim grows only while there is room, in the order of
-asking; one owner (a certificate's node id) gets over half of a pool only as its sole claim, so that
-nobody can keep all others waiting. Used on the event loop only.
+Each connection has a claim on a pool. A claim grows only while there is room. The owners (node ids
+of certificates) take turns, and one gets over half of a pool only as its sole claim, so that nobody
+can keep the others waiting for longer than one turn. Used on the event loop only.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
@@ -44,7 +45,9 @@ class MemoryPool:
     def __init__(self, total_bytes: int) -> None:
         self._total_bytes = total_bytes
         self._held_by: Counter[str] = Counter()
-        self._waiting: dict[Claim, None] = {}
+        self._waiting: dict[Claim, None] = {}  # in the order of asking
+        self._turns = itertools.count(1)
+        self._last_turn: dict[str, int] = {}  # by owner
         self.held_bytes = 0
 
     @contextlib.asynccontextmanager
@@ -68,17 +71,25 @@ class MemoryPool:
         self._grant(claim)
 
     def _grant(self, asking: Claim) -> None:
-        for claim in list(self._waiting):
-            more = claim.wanted_bytes - claim.held_bytes
-            owned = self._held_by[claim.owner]
-            if owned and owned + more > self._total_bytes // 2:
-                continue  # waits for its own owner's claims, and lets others pass
-            if self.held_bytes and self.held_bytes + more > self._total_bytes:
-                return  # the first in line: who came later must not use up what it waits for
+        while (claim := self._next()) is not None:
+            others = self.held_bytes - claim.held_bytes
+            if others and others + claim.wanted_bytes > self._total_bytes:
+                return  # nobody behind it may use up what it waits for
             del self._waiting[claim]
+            self._last_turn[claim.owner] = next(self._turns)
             self._hold(claim, claim.wanted_bytes)
             if claim is not asking:
                 claim.on_grant()
+
+    def _next(self) -> Claim | None:
+        """The waiting claim of the owner who had a turn longest ago, but for those who wait for
+        their own other claims."""
+        ready = [claim for claim in self._waiting if not self._owner_has_its_share(claim)]
+        return min(ready, key=lambda claim: self._last_turn.get(claim.owner, 0), default=None)
+
+    def _owner_has_its_share(self, claim: Claim) -> bool:
+        others = self._held_by[claim.owner] - claim.held_bytes
+        return bool(others) and others + claim.wanted_bytes > self._total_bytes // 2
 
     def _hold(self, claim: Claim, size_bytes: int) -> None:
         change = size_bytes - claim.held_bytes

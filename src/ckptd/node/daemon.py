@@ -160,6 +160,8 @@ class Node:
         )
 
     _peers: Peers | None = None
+    bulk: BulkService
+    control: ControlServer
 
     def _health(self) -> Health:
         failed = self._directory.medium.failed
@@ -254,7 +256,7 @@ class Node:
         def suspect(shard: bytes) -> None:
             asyncio.run_coroutine_threadsafe(_quietly(requests.suspect(shard)), loop)
 
-        bulk = BulkService(
+        bulk = self.bulk = BulkService(
             cluster=self.config.cluster,
             node_id=self._node.id,
             store=self.shards,
@@ -274,7 +276,7 @@ class Node:
             on_disk=requests.on_disk,
             metrics=self.metrics,
         )
-        server = ControlServer(
+        server = self.control = ControlServer(
             cluster=self.config.cluster,
             node_id=self._node.id,
             context=self._server_context,
