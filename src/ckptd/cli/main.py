@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import Any, Final
@@ -74,7 +75,24 @@ def cli(context: click.Context) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """The console script. Exits with the codes that `ckptd --help` lists."""
+    write_whole_texts()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def write_whole_texts() -> None:
+    """Puts a buffer below sys.stdout where PYTHONUNBUFFERED has taken it away.
+
+    Without one, Python drops what does not go into a pipe in one piece (a long list with --json).
+    Every command flushes at its end.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper) and isinstance(sys.stdout.buffer, io.RawIOBase):
+        sys.stdout = open(  # noqa: SIM115 (it lives as long as the process)
+            sys.stdout.fileno(),
+            "w",
+            encoding=sys.stdout.encoding,
+            errors=sys.stdout.errors,
+            closefd=False,
+        )
 
 
 def run(arguments: list[str]) -> int:

@@ -171,6 +171,17 @@ def test_doctor_reports_a_missing_config_as_a_finding() -> None:
     assert found["findings"][0]["next"].startswith("ckptd local up")
 
 
+def test_long_output_is_never_cut_off_where_python_is_told_not_to_buffer() -> None:
+    program = (
+        "import sys; from ckptd.cli import main; before = type(sys.stdout.buffer).__name__; "
+        "main.write_whole_texts(); print(before, type(sys.stdout.buffer).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-u", "-c", program], check=True, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["FileIO", "BufferedWriter"]
+
+
 def test_the_version_is_printed() -> None:
     assert run("--version").stdout.startswith("ckptd, version ")
 
