@@ -1,0 +1,183 @@
+"""What the doctor says about numbers and files; clusters that are ill are in tests/cluster."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+
+from ckptd.client import diagnosis, pki
+from ckptd.client.cluster_status import Room
+from ckptd.config import Config, DiscoveryConfig, NodeConfig, TlsConfig
+from ckptd.core.identity import Role
+from ckptd.core.quantities import Address
+from ckptd.wire.messages import NodeStatus
+
+TEN_YEARS_S = 10 * 366 * 86_400.0
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pki")
+    pki.init_cluster(directory, "home")
+    pki.issue(directory, [Role.WORKER], "pi1")
+    pki.issue(directory, [Role.MONITOR], "watcher")
+    return directory
+
+
+def config(authority: Path, name: str = "client", *, node: NodeConfig | None = None) -> Config:
+    return Config(
+        cluster="home",
+        tls=TlsConfig(authority / "ca.pem", authority / f"{name}.pem", authority / f"{name}.key"),
+        node=node,
+        discovery=DiscoveryConfig(peers=(Address("pi1", 7701),)),
+    )
+
+
+def worker(node_id: str) -> NodeConfig:
+    return NodeConfig(node_id, ("worker",), Address("0.0.0.0", 7701), 7702)
+
+
+def states(findings: list[diagnosis.Finding]) -> list[str]:
+    return [finding.state for finding in findings]
+
+
+def test_a_good_certificate_is_told_with_its_end(authority: Path) -> None:
+    (found,) = diagnosis.check_certificate(config(authority), time.time())
+    assert (found.state, found.next) == ("ok", "")
+    assert "client client of cluster home, until 20" in found.message
+
+
+@pytest.mark.parametrize(
+    ("ahead_s", "state", "words"),
+    [
+        (-100 * TEN_YEARS_S / 10, "error", "not valid yet"),
+        (TEN_YEARS_S - 30 * 86_400, "warning", "ends"),
+        (TEN_YEARS_S, "error", "ended at"),
+    ],
+)
+def test_certificates_that_end_or_have_not_begun(
+    authority: Path, ahead_s: float, state: str, words: str
+) -> None:
+    now = max(0.0, time.time() + ahead_s)
+    (found,) = diagnosis.check_certificate(config(authority), now)
+    assert (found.state, words in found.message) == (state, True), found
+    assert found.next
+
+
+def test_a_certificate_of_somebody_else(authority: Path) -> None:
+    found = list(
+        diagnosis.check_certificate(config(authority, "pi1", node=worker("pi2")), time.time())
+    )
+    assert states(found) == ["error", "ok"]
+    assert found[0].next == "ckptd pki issue worker pi2"
+    assert states(
+        list(diagnosis.check_certificate(config(authority, "pi1", node=worker("pi1")), time.time()))
+    ) == ["ok"]
+
+
+def test_a_certificate_that_may_not_read(authority: Path) -> None:
+    found = list(diagnosis.check_certificate(config(authority, "watcher"), time.time()))
+    assert states(found) == ["ok", "warning"]
+    assert found[1].next == "ckptd pki issue client ID"
+
+
+def test_certificates_that_cannot_be_used(authority: Path, tmp_path: Path) -> None:
+    missing = config(authority, "nobody")
+    (found,) = diagnosis.check_certificate(missing, time.time())
+    assert (found.state, "nobody.pem" in found.message) == ("error", True)
+    broken = tmp_path / "client.pem"
+    broken.write_text("no certificate")
+    tls = TlsConfig(authority / "ca.pem", broken, authority / "client.key")
+    (found,) = diagnosis.check_certificate(Config(cluster="home", tls=tls), time.time())
+    assert found.state == "error"
+    other = tmp_path / "other"
+    pki.init_cluster(other, "elsewhere")
+    foreign = TlsConfig(authority / "ca.pem", other / "client.pem", other / "client.key")
+    (found,) = diagnosis.check_certificate(Config(cluster="home", tls=foreign), time.time())
+    assert found.state == "error"
+
+
+def test_a_config_without_peers_finds_nobody(authority: Path) -> None:
+    alone = Config(cluster="home", tls=config(authority).tls)
+    assert states(list(diagnosis.check_config(alone))) == ["error", "ok"]
+    assert states(list(diagnosis.check_config(config(authority)))) == ["ok"]
+
+
+def test_processors_without_aes_get_a_hint() -> None:
+    slow = "Features\t: fp asimd evtstrm crc32 cpuid\n"
+    (found,) = diagnosis.check_cipher(slow, {})
+    assert found.next.startswith("export OPENSSL_CONF=/")
+    assert list(diagnosis.check_cipher(slow, {"OPENSSL_CONF": "/etc/mine.cnf"})) == []
+    assert list(diagnosis.check_cipher("Features\t: fp asimd aes\n", {})) == []
+    assert list(diagnosis.check_cipher("", {})) == []
+
+
+def test_clocks() -> None:
+    assert list(diagnosis.check_clocks({})) == []
+    assert states(list(diagnosis.check_clocks({"a": 0.1, "b": -0.2}))) == ["ok"]
+    (one,) = diagnosis.check_clocks({"a": 0.1, "b": -90.0})
+    assert (one.message, one.next) == ("b: its clock is 90 s behind", "on b: timedatectl status")
+    (mine,) = diagnosis.check_clocks({"a": 60.0, "b": 61.0})
+    assert (mine.message.startswith("this machine's clock"), mine.next) == (
+        True,
+        "timedatectl status",
+    )
+
+
+def test_nodes_that_say_what_they_lack() -> None:
+    def status(**changes: object) -> NodeStatus:
+        fields: dict[str, object] = {
+            "node": "pi1",
+            "state": "up",
+            "bytes_total": 9,
+            "bytes_used": 1,
+            "bytes_free": 8,
+            "write_bytes_per_s": 0.0,
+            "queued_bytes": 0,
+            "shards": 0,
+            "quarantined": 0,
+            "documents": 0,
+            "unknown_documents": 0,
+            "documents_digest": bytes(32),
+            "highest_order": 0,
+            "software": "0.1.0",
+            "clock_ms": 0,
+            "uptime_s": 0.0,
+        }
+        return NodeStatus(**{**fields, **changes})  # type: ignore[arg-type]
+
+    assert list(diagnosis.check_status(status())) == []
+    found = list(
+        diagnosis.check_status(
+            status(state="failed", failed_reason="EIO", quarantined=2, unknown_documents=1)
+        )
+    )
+    assert [(f.check, f.state) for f in found] == [
+        ("disk", "error"),
+        ("quarantine", "warning"),
+        ("documents", "warning"),
+    ]
+    assert all(finding.next for finding in found)
+
+
+def test_software_and_machines() -> None:
+    assert list(diagnosis.check_software({"a": "1", "b": "1"})) == []
+    assert states(list(diagnosis.check_software({"a": "1", "b": "2"}))) == ["warning"]
+    assert list(diagnosis.check_machines(2, 2)) == []
+    assert states(list(diagnosis.check_machines(1, 2))) == ["error"]
+
+
+@pytest.mark.parametrize(
+    ("room", "state"),
+    [
+        (Room(bytes_free=100, bytes_storable=50, checkpoints_fit=None), "ok"),
+        (Room(bytes_free=100, bytes_storable=50, checkpoints_fit=5), "ok"),
+        (Room(bytes_free=100, bytes_storable=50, checkpoints_fit=2), "warning"),
+        (Room(bytes_free=100, bytes_storable=50, checkpoints_fit=0), "error"),
+        (Room(), "error"),
+    ],
+)
+def test_room(room: Room, state: str) -> None:
+    assert diagnosis.check_room(room).state == state
