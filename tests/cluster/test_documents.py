@@ -1,0 +1,137 @@
+"""Documents that a client writes: their order, who takes them, and lies of nodes about others."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+from msgspec import structs
+from tests.cluster.kill_fixtures import BreakableCluster, make_checkpoint
+
+from ckptd.client.cluster import Cluster, connect
+from ckptd.client.documents import confirm, next_order, publish, refusals, stored_on
+from ckptd.client.marks import pin, select_for_removal
+from ckptd.config import Config, TlsConfig, load
+from ckptd.core import documents
+from ckptd.core.catalogue import Catalogue
+from ckptd.errors import NotAuthorized, NotEnoughNodes, NotFound
+from ckptd.net.loop import run as run_on_loop
+from ckptd.wire.messages import PutDocumentResult
+
+T = TypeVar("T")
+NewName = Callable[[], str]
+FAR_FUTURE = 2**55
+
+
+def on(config: Config | BreakableCluster, work: Callable[[Cluster], Awaitable[T]]) -> T:
+    """Runs `work` on a connection to the cluster."""
+    settings = load(config.config) if isinstance(config, BreakableCluster) else config
+
+    async def connected() -> T:
+        async with connect(settings) as cluster:
+            return await work(cluster)
+
+    return run_on_loop(connected())
+
+
+def test_an_order_is_above_all_signed_ones_and_not_below_the_clock(
+    cluster: BreakableCluster, new_name: NewName, tmp_path: Path
+) -> None:
+    name = new_name()
+    stored = cluster.store(make_checkpoint(tmp_path / "a", name, size=4096), name)
+
+    async def work(connected: Cluster) -> None:
+        catalogue = await connected.catalogue()
+        manifest = await connected.manifest(stored.version)
+        assert await next_order(connected, catalogue, FAR_FUTURE) == FAR_FUTURE
+        assert await next_order(connected, catalogue, 0) > manifest.order
+        # A clock that ran ahead: what was written then stays below what is written now.
+        ahead = structs.replace(manifest, order=manifest.order + 10**9, nonce="0" * 32)
+        assert len(stored_on(await publish(connected, documents.encode(ahead)))) == 4
+        again = await connected.catalogue()
+        assert await next_order(connected, again, manifest.order) == ahead.order + 1
+
+    on(cluster, work)
+
+
+def test_claims_that_nobody_can_prove_do_not_move_the_order(
+    cluster: BreakableCluster, new_name: NewName, tmp_path: Path
+) -> None:
+    name = new_name()
+    stored = cluster.store(make_checkpoint(tmp_path / "a", name, size=4096), name)
+
+    async def work(connected: Cluster) -> None:
+        known = await connected.catalogue()
+        header = known.version(stored.version)
+        assert header is not None
+        catalogue = Catalogue(connected.cluster)
+        catalogue.add_unverified(structs.replace(header, id="f" * 64, order=FAR_FUTURE))
+        catalogue.add_unverified(structs.replace(header, order=FAR_FUTURE + 1))
+        order = await next_order(connected, catalogue, header.order + 5)
+        assert order == header.order + 5
+        assert catalogue.version("f" * 64) is None, "no node can show it"
+        assert catalogue.version(stored.version) == header, "now it is what the document says"
+
+    on(cluster, work)
+
+
+def test_a_node_that_lies_about_a_name_makes_nobody_remove_or_pin_another_checkpoint(
+    cluster: BreakableCluster, new_name: NewName, tmp_path: Path
+) -> None:
+    name, decoy = new_name(), new_name()
+    stored = cluster.store(make_checkpoint(tmp_path / "a", name, size=4096), name)
+
+    async def work(connected: Cluster) -> None:
+        known = await connected.catalogue()
+        header = known.version(stored.version)
+        assert header is not None
+
+        def told() -> Catalogue:
+            """What a client knows after a node told it of the version under another name."""
+            catalogue = Catalogue(connected.cluster)
+            catalogue.add_unverified(structs.replace(header, name=decoy))
+            return catalogue
+
+        with pytest.raises(NotFound, match="under that name"):
+            await select_for_removal(connected, told(), [decoy])
+        catalogue = told()
+        assert [v.name for v in await confirm(connected, catalogue, [header])] == [name]
+        assert catalogue.newest(decoy) is None
+        assert await select_for_removal(connected, known, [name]) == [header]
+
+    on(cluster, work)
+
+
+def test_who_may_not_write_a_document_is_told_before_anything_is_sent(
+    cluster: BreakableCluster, new_name: NewName, tmp_path: Path
+) -> None:
+    name = new_name()
+    stored = cluster.store(make_checkpoint(tmp_path / "a", name, size=4096), name)
+    settings = load(cluster.config)
+    pki = cluster.directory / "pki"
+    worker = structs.replace(
+        settings, tls=TlsConfig(pki / "ca.pem", pki / "node1.pem", pki / "node1.key")
+    )
+
+    async def work(connected: Cluster) -> None:
+        with pytest.raises(NotAuthorized, match="may not write this pin document") as caught:
+            await pin(connected, name)
+        assert caught.value.next.startswith("ckptd pki issue client")
+        assert len(connected.workers) == 4
+
+    on(worker, work)
+
+    async def unpinned(connected: Cluster) -> bool:
+        return not (await connected.catalogue()).pins(stored.version)
+
+    assert on(settings, unpinned)
+
+
+def test_nobody_who_takes_a_document_is_an_error_with_reasons() -> None:
+    assert isinstance(refusals({}, "a" * 64), NotEnoughNodes)
+    refused = refusals({"n1": PutDocumentResult(bytes(32), refused="no room")}, "a" * 64)
+    assert (refused.exit_code, refused.next) == (1, "ckptd doctor")
+    assert "n1: no room" in refused.message
+    assert stored_on({"n1": PutDocumentResult(bytes(32), refused="no room")}) == []
