@@ -1,4 +1,4 @@
-"""What every test that needs root needs: the tools, a directory, disks and clusters that go away."""
+"""What tests that need root need: tools, a directory, disks and clusters that go away again."""
 
 from __future__ import annotations
 

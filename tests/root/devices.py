@@ -10,6 +10,7 @@ import contextlib
 import shutil
 import subprocess
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
@@ -32,6 +33,8 @@ class Disk:
         self._device = ""
         directory.mkdir(parents=True)
 
+    _loop_options: Sequence[str] = ()
+
     # -- what lies below the file system; a disk of another kind says it differently
 
     def _attach_image(self) -> Path:
@@ -52,7 +55,8 @@ class Disk:
         new = not self._device and not (self.directory / "made").exists()
         if not self._device:
             image = self._attach_image()
-            self._device = run("losetup", "--find", "--show", image).strip()
+            device = run("losetup", "--find", "--show", *self._loop_options, image)
+            self._device = device.strip()
         if new:
             run("mkfs.ext4", "-q", "-F", "-m", "0", *self._mkfs, self._device)
             (self.directory / "made").touch()
@@ -90,17 +94,24 @@ class Disk:
 
     def remove(self) -> None:
         """Takes everything away, whatever state a test has left it in."""
-        with contextlib.suppress(AssertionError):  # a dead disk may refuse; lazily it never does
-            self.unmount()
-        try:
-            self.detach()
-        finally:
-            shutil.rmtree(self.directory, ignore_errors=True)
+        device, self._device = self._device, ""
+        with ExitStack() as stack:  # each step happens, also after one that fails
+            stack.callback(shutil.rmtree, self.directory, ignore_errors=True)
+            stack.callback(self._detach_image)
+            if device:
+                stack.callback(
+                    wait_until, lambda: not _is_attached(device), f"{device} is still attached"
+                )
+                stack.callback(run, "losetup", "--detach", device)
+            stack.callback(self.unmount, lazily=True)
 
 
 class FaultyDisk(Disk):
     """A disk served by nbdkit: `plugin` and `filters` are its arguments, "{directory}" in them
     stands for the disk's directory."""
+
+    # Past the page cache of the file that nbdfuse shows: what was read once is read again.
+    _loop_options = ("--direct-io=on",)
 
     def __init__(
         self,
@@ -202,7 +213,10 @@ def disk_with_volatile_cache(directory: Path, size_mib: int) -> FaultyDisk:
 def slow_disk(directory: Path, size_mib: int, bytes_per_s: int) -> FaultyDisk:
     """A disk that reads and writes `bytes_per_s` in all, as a memory card does."""
     return FaultyDisk(
-        directory, size_mib, filters=["--filter=rate"], settings=[f"rate={bytes_per_s * 8}"]
+        directory,
+        size_mib,
+        filters=["--filter=rate"],
+        settings=[f"rate={bytes_per_s * 8}", "burstiness=0.1"],
     )
 
 

@@ -51,10 +51,10 @@ class NetworkCluster:
             ready.settimeout(40)
             for host in WORKERS:
                 config = self._directory / f"{host}.yml"
-                command = [sys.executable, "-m", "ckptd", "serve", "--init", "--config", config]
+                command = [sys.executable, "-m", "ckptd", "serve", "--init"]
                 with (self._directory / f"{host}.log").open("ab") as log:
                     self._daemons[host] = subprocess.Popen(
-                        self.network.inside(host, *command),
+                        self.network.inside(host, *command, "--config", config),
                         stdin=subprocess.DEVNULL,
                         stdout=log,
                         stderr=log,

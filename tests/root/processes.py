@@ -12,7 +12,7 @@ _POLL_S: Final = 0.05
 
 
 def run(*command: str | Path, timeout_s: float = 60.0, stdin: str | None = None) -> str:
-    """Standard output of `command`. AssertionError with both outputs when it does not end with 0."""
+    """Standard output of `command`. AssertionError with both outputs unless it ends with 0."""
     done = subprocess.run(
         [str(part) for part in command],
         input=stdin,

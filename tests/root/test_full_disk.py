@@ -1,4 +1,4 @@
-"""A store on a small ext4: what does not fit is an error of that node alone, and leaves no trace."""
+"""A store on a small ext4: what does not fit is that node's error alone, and leaves no trace."""
 
 from __future__ import annotations
 
