@@ -62,7 +62,7 @@ class Unauthenticated:
         if crowd:
             self.refused_total += 1
             slow_s = now_s - limits.EVICT_HANDSHAKE_AFTER_S
-            oldest = next((each for each in crowd if each.silent), None) or next(
+            oldest = next((each for each in crowd if _is_silent(each)), None) or next(
                 (each for each in crowd if each.since_s <= slow_s), None
             )
             if oldest is None:
@@ -79,6 +79,17 @@ class Unauthenticated:
         """The connection is authenticated, or gone."""
         if pending in self._pending:
             self._pending.remove(pending)
+
+
+def _is_silent(pending: _Pending) -> bool:
+    """Whether nothing has arrived yet, also nothing that its task has not seen so far."""
+    if not pending.silent:
+        return False
+    try:
+        pending.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except OSError:  # nothing there, or nobody
+        return True
+    return False
 
 
 Handshake = Callable[[socket.socket], Awaitable[Callable[[], None]]]
