@@ -40,7 +40,7 @@ def test_a_slow_card_delays_only_its_own_copy(
         keep(slow_disk(place / f"disk-{node}", 192, rate)).mount(cluster.store_of(node))
     cluster.up()
     durable_s: dict[str, float] = {}
-    content = os.urandom(24 * MIB)
+    content = os.urandom(48 * MIB)
 
     def note(report: CopyReport) -> None:
         if report.state == "durable":
@@ -55,7 +55,7 @@ def test_a_slow_card_delays_only_its_own_copy(
 
     fast_s, slow_s = (durable_s[node] - started_s for node in ("node1", "node2"))
     assert slow_s > len(content) / SLOW_BYTES_PER_S * 0.8, "the card is not slow: no test"
-    assert fast_s < slow_s / 2, f"the head's copy took {fast_s:.1f} s, the tail's {slow_s:.1f} s"
+    assert fast_s < slow_s * 0.6, f"the head's copy took {fast_s:.1f} s, the tail's {slow_s:.1f} s"
 
 
 def test_the_share_of_a_card_follows_its_speed_and_nobody_stalls(
