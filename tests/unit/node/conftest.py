@@ -7,11 +7,11 @@ import pytest
 from tests.unit.node.running_nodes import LOOPS, RunningNode, running_nodes
 
 
-@pytest.fixture(params=LOOPS)
-def loop_name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The test runs once on each event loop."""
-    monkeypatch.setenv("CKPTD_LOOP", request.param)
-    return str(request.param)
+@pytest.fixture
+def loop_name(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The loop of a daemon. What differs between loops is tested with the network."""
+    monkeypatch.delenv("CKPTD_LOOP", raising=False)
+    return LOOPS[0]
 
 
 @pytest.fixture

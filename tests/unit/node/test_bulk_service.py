@@ -1,0 +1,516 @@
+"""A node's bulk side: who may ask what, slots that always come back, chains, nothing stored twice
+or by strangers."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.cluster.hostile import RawPeer
+from tests.cluster.kill_fixtures import wait_until
+from tests.unit.node.running_nodes import RunningNode, identity
+
+from ckptd.core import limits
+from ckptd.errors import PeerRefused, Refused
+from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender, push_shard
+from ckptd.net.tls import client_context
+from ckptd.node.bulk_connections import BulkConnections, Slots
+from ckptd.node.reception import check_chain
+from ckptd.store.filesystem import OperatingSystem
+from ckptd.wire import frames, messages
+from ckptd.wire.messages import CopyReport, Hop, Message
+
+SIZE = 2 * limits.MIB
+
+
+@pytest.fixture(autouse=True)
+def short_farewell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hostile peers here do not close: nobody waits long for them to listen."""
+    monkeypatch.setattr(limits, "LAST_WORDS_TIMEOUT_S", 0.2)
+
+
+def shard(seed: int = 0, size: int = SIZE) -> tuple[bytes, bytes]:
+    """Random bytes and their digest."""
+    data = random.Random(seed).randbytes(size)
+    return hashlib.sha256(data).digest(), data
+
+
+class Source:
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        piece = self._data[offset : offset + len(buffer)]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+@contextlib.contextmanager
+def connector(node: RunningNode, name: str = "client") -> Iterator[BulkConnector]:
+    files = identity(node.pki, name)
+    context = client_context(files.ca, files.cert, files.key)
+    bulk = BulkConnector(context, "home", lambda: messages.Hello("home", name, (), "0", 0, 0))
+    try:
+        yield bulk
+    finally:
+        bulk.close()
+
+
+def put(
+    node: RunningNode,
+    digest: bytes,
+    data: bytes,
+    chain: tuple[Hop, ...] = (),
+    *,
+    name: str = "client",
+    hop: int = 0,
+) -> dict[str, CopyReport]:
+    """Stores a shard as a client does; the reports by node."""
+    with connector(node, name) as bulk:
+        where = node.place
+        channel = bulk.acquire(where.node, where.host, where.bulk, hop=hop)
+        sender = ShardSender(channel, messages.PutShard(digest, len(data), chain), hop=hop)
+        sender.negotiate()
+        reports = sender.send(Source(data), memoryview(bytearray(65536)))
+        bulk.release(where.node, where.host, where.bulk, channel, hop=hop)
+        return {report.node: report for report in reports}
+
+
+def greeted(node: RunningNode, name: str = "client", hop: int = 0) -> RawPeer:
+    peer = node.connect(name, "bulk")
+    assert isinstance(peer.greet(hop=hop), messages.Hello)
+    return peer
+
+
+def is_at_rest(node: RunningNode) -> bool:
+    """Whether nothing is held: no connection, slot, room or temporary file."""
+    bulk = node.node.bulk
+    slots = [*bulk.receive_slots, bulk.read_slots]
+    return (
+        len(bulk.connections) == 0
+        and all(pool.free == limits.BULK_SLOTS_PER_HOP for pool in slots)
+        and bulk.push_slots.free == limits.BULK_PUSH_SLOTS
+        and not bulk.connector._in_use
+        and bulk.traffic.queued_bytes == 0
+        and not os.listdir(node.store / "incoming")
+    )
+
+
+def wait_at_rest(node: RunningNode) -> None:
+    wait_until(lambda: is_at_rest(node), "everything to be given back", timeout_s=20)
+
+
+def test_a_shard_goes_down_a_chain_and_comes_back(two_nodes: list[RunningNode]) -> None:
+    head, tail = two_nodes
+    digest, data = shard()
+    reports = put(head, digest, data, (tail.place.hop,))
+    assert [reports[n].state for n in ("pi1", "pi2")] == ["durable", "durable"]
+    for node in two_nodes:
+        with greeted(node) as peer:
+            peer.send(messages.GetShard(digest))
+            assert peer.receive()[2] == data
+    again = put(head, digest, data, (tail.place.hop,))
+    assert [again[n].state for n in ("pi1", "pi2")] == ["present", "present"]
+    for node in two_nodes:
+        node.node.bulk.connector.close()  # idle ones are kept for the next shard
+        wait_at_rest(node)
+
+
+@pytest.mark.parametrize(
+    ("name", "hop", "request_"),
+    [
+        ("mallory", 1, messages.GetShard(b"\0" * 32)),
+        ("mallory", 1, messages.PushShard(b"\0" * 32, 1, (Hop("pi2", "127.0.0.1", 1),))),
+    ],
+)
+def test_a_worker_reads_nothing_and_orders_nothing(
+    node: RunningNode, name: str, hop: int, request_: Message
+) -> None:
+    with greeted(node, name, hop) as peer:
+        answer = peer.ask(request_, hop=hop)
+        assert isinstance(answer, messages.Error)
+        assert answer.code == "not_authorized"
+    assert b'kind="not_authorized"} 1.0' in node.node.metrics.text()
+    wait_at_rest(node)
+
+
+@pytest.mark.parametrize(
+    ("name", "hop"), [("mallory", 0), ("client", 1), ("admin", 0), ("admin", 1), ("monitor", 0)]
+)
+def test_hops_that_are_not_for_everybody(node: RunningNode, name: str, hop: int) -> None:
+    with node.connect(name, "bulk") as peer:
+        answer = peer.greet(hop=hop)
+        assert isinstance(answer, messages.Error)
+        assert answer.code == "not_authorized"
+        assert peer.is_closed()
+    wait_at_rest(node)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        frames.encode_frame(messages.Hello("elsewhere", "x", (), "0", 0, 0), 0),
+        frames.encode_frame(messages.GetShard(b"\0" * 32), 0),
+        frames.encode_header(36, 0, 2**63, 2**63),
+        b"\x80\x04\x95" * 20,
+    ],
+)
+def test_whoever_does_not_begin_with_hello_is_refused(node: RunningNode, first: bytes) -> None:
+    with node.connect("client", "bulk") as peer:
+        peer.sock.sendall(first)
+        answer = peer.receive()[1]
+        assert isinstance(answer, messages.Error)
+        assert answer.code in ("protocol", "limit_exceeded")
+        assert peer.is_closed()
+    wait_at_rest(node)
+
+
+@pytest.mark.parametrize(
+    ("request_", "payload", "hop"),
+    [
+        (messages.PutShard(b"\0" * 32, 10), 5, 0),
+        (messages.ShardData(b"\0" * 32), 0, 0),
+        (messages.Ready(True), 0, 0),
+        (messages.GetShard(b"\0" * 32), 0, 3),
+    ],
+)
+def test_frames_that_break_the_rules_end_the_connection(
+    node: RunningNode, request_: Message, payload: int, hop: int
+) -> None:
+    with greeted(node) as peer:
+        peer.promise(request_, payload, hop=hop)
+        assert isinstance(peer.receive()[1], messages.Error)
+        assert peer.is_closed()
+    wait_at_rest(node)
+
+
+@pytest.mark.parametrize("what", ["another shard", "another size", "a request"])
+def test_other_than_the_promised_payload_is_refused(node: RunningNode, what: str) -> None:
+    digest, data = shard()
+    with greeted(node) as peer:
+        peer.send(messages.PutShard(digest, len(data)))
+        assert isinstance(peer.receive()[1], messages.Ready)
+        if what == "another shard":
+            peer.send(messages.ShardData(b"\0" * 32), payload=data)
+        elif what == "another size":
+            peer.send(messages.ShardData(digest), payload=data[:-1])
+        else:
+            peer.send(messages.GetShard(digest))
+        assert isinstance(peer.receive()[1], messages.Error)
+        assert peer.is_closed()
+    wait_at_rest(node)
+    assert not node.node.shards.has(digest)
+
+
+def test_bytes_with_another_hash_are_not_stored(node: RunningNode) -> None:
+    digest, data = shard()
+    reports = put(node, digest, b"\x80\x04." + data[3:])
+    assert (reports["pi1"].state, reports["pi1"].code) == ("failed", "shard_corrupt")
+    assert not node.node.shards.has(digest)
+    wait_at_rest(node)
+
+
+def test_a_pickle_is_just_bytes(node: RunningNode) -> None:
+    data = b"cos\nsystem\n(S'touch /tmp/never'\ntR."
+    digest = hashlib.sha256(data).digest()
+    assert put(node, digest, data)["pi1"].state == "durable"
+    with greeted(node) as peer:
+        peer.send(messages.GetShard(digest))
+        assert peer.receive()[2] == data
+
+
+@pytest.mark.parametrize("when", ["hello", "put", "ready", "payload"])
+def test_a_sender_that_disappears_leaves_nothing(two_nodes: list[RunningNode], when: str) -> None:
+    head, tail = two_nodes
+    digest, data = shard()
+    peer = greeted(head)
+    if when != "hello":
+        peer.send(messages.PutShard(digest, len(data), (tail.place.hop,)))
+    if when in ("ready", "payload"):
+        assert isinstance(peer.receive()[1], messages.Ready)
+    if when == "payload":
+        peer.promise(messages.ShardData(digest), len(data))
+        peer.sock.sendall(data[: len(data) // 2])
+    peer.close()
+    wait_at_rest(head)
+    assert not head.node.shards.has(digest)
+    head.node.bulk.connector.close()
+    wait_at_rest(tail)
+
+
+def test_a_sender_that_trickles_loses_its_slot(
+    node: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "STALL_TIMEOUT_S", 0.6)
+    digest, data = shard()
+    with greeted(node) as peer:
+        peer.send(messages.PutShard(digest, len(data)))
+        assert isinstance(peer.receive()[1], messages.Ready)
+        peer.promise(messages.ShardData(digest), len(data))
+        started_s = time.monotonic()
+        with contextlib.suppress(OSError):
+            while time.monotonic() - started_s < 15:
+                peer.sock.sendall(b"x")
+                time.sleep(0.05)  # this is what a slow sender does
+        assert time.monotonic() - started_s < 10
+    wait_at_rest(node)
+
+
+def test_a_reader_that_takes_nothing_loses_its_slot(
+    node: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "STALL_TIMEOUT_S", 0.6)
+    digest, data = shard(size=32 * limits.MIB)
+    assert put(node, digest, data)["pi1"].state == "durable"
+    with greeted(node) as peer:
+        peer.send(messages.GetShard(digest))
+        wait_until(lambda: node.node.bulk.read_slots.free < limits.BULK_READ_SLOTS, "the reader")
+        wait_until(lambda: node.node.bulk.read_slots.free == limits.BULK_READ_SLOTS, "its end")
+    wait_at_rest(node)
+
+
+def test_one_peer_leaves_slots_to_others_and_busy_is_told(node: RunningNode) -> None:
+    peers = []
+    for number in range(limits.BULK_SLOTS_PER_PEER_MAX):
+        peers.append(greeted(node, "mallory", 1))
+        digest, data = shard(number)
+        peers[-1].send(messages.PutShard(digest, len(data)), hop=1)
+        assert isinstance(peers[-1].receive()[1], messages.Ready)
+    with greeted(node, "mallory", 1) as one_more:
+        digest, data = shard(99)
+        answer = one_more.ask(messages.PutShard(digest, len(data)), hop=1)
+        assert isinstance(answer, messages.Busy)
+    assert node.node.bulk.receive_slots[1].free == 2
+    digest, data = shard(100)
+    assert put(node, digest, data)["pi1"].state == "durable"
+    for peer in peers:
+        peer.close()
+    wait_at_rest(node)
+
+
+def test_idle_connections_make_room(node: RunningNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BULK_CONNECTIONS_PER_HOP_MAX", 2)
+    oldest, newer = greeted(node), greeted(node)
+    wait_until(
+        lambda: all(c.idle_since_s is not None for c in node.node.bulk.connections._open),
+        "both to be idle",
+    )
+    with greeted(node) as newest:
+        assert oldest.is_closed()
+        assert isinstance(newest.ask(messages.GetShard(b"\0" * 32)), messages.Error)
+        assert isinstance(newer.ask(messages.GetShard(b"\0" * 32)), messages.Error)
+    for peer in (oldest, newer):
+        peer.close()
+    wait_at_rest(node)
+
+
+def test_working_connections_do_not_make_room(
+    node: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "BULK_CONNECTIONS_PER_HOP_MAX", 1)
+    digest, data = shard()
+    with greeted(node) as working:
+        working.send(messages.PutShard(digest, len(data)))
+        assert isinstance(working.receive()[1], messages.Ready)
+        with node.connect("client", "bulk") as other:
+            assert isinstance(other.greet(), messages.Busy)
+        working.send(messages.ShardData(digest), payload=data)
+        while isinstance(answer := working.receive()[1], messages.Progress):
+            pass
+        assert isinstance(answer, messages.PutResult)
+    wait_at_rest(node)
+
+
+# Chains
+
+
+@pytest.mark.parametrize(
+    "chain",
+    [
+        (Hop("pi1", "127.0.0.1", 1),),
+        (Hop("pi2", "127.0.0.1", 1), Hop("pi2", "127.0.0.2", 1)),
+        (Hop("pi2", "127.0.0.1", 1), Hop("pi1", "127.0.0.1", 1)),
+        (Hop("../../etc", "127.0.0.1", 1),),
+        (Hop("pi2\n\x1b[2J", "127.0.0.1", 1),),
+        (Hop("pi2", "", 1),),
+        (Hop("pi2", "host\nname", 1),),
+        (Hop("pi2", "host name", 1),),
+        (Hop("pi2", "h" * 300, 1),),
+        (Hop("pi2", "127.0.0.1", 0),),
+        tuple(Hop(f"n{number}", "127.0.0.1", 1) for number in range(5)),
+    ],
+)
+def test_chains_that_cannot_be(chain: tuple[Hop, ...]) -> None:
+    with pytest.raises(Refused):
+        check_chain(chain, 0, "pi1")
+
+
+def test_a_chain_may_not_pass_the_last_hop() -> None:
+    chain = tuple(Hop(f"n{number}", "127.0.0.1", 1) for number in range(limits.CHAIN_HOPS_MAX))
+    check_chain(chain, 0, "pi1")
+    with pytest.raises(Refused, match="hops"):
+        check_chain(chain, 1, "pi1")
+
+
+def test_a_chain_that_comes_back_is_refused_before_a_byte(node: RunningNode) -> None:
+    digest, data = shard()
+    for request_ in (
+        messages.PutShard(digest, len(data), (node.place.hop,)),
+        messages.PushShard(digest, len(data), (node.place.hop,)),
+    ):
+        with greeted(node) as peer:
+            answer = peer.ask(request_)
+            assert isinstance(answer, messages.Error)
+            assert answer.code == "refused"
+    wait_at_rest(node)
+
+
+def test_a_tail_that_is_somebody_else_gets_nothing(two_nodes: list[RunningNode]) -> None:
+    head, tail = two_nodes
+    digest, data = shard()
+    pretended = Hop("pi7", tail.place.host, tail.place.bulk)
+    reports = put(head, digest, data, (pretended,))
+    assert reports["pi1"].state == "durable"
+    assert (reports["pi7"].state, reports["pi7"].code) == ("failed", "not_authorized")
+    assert not tail.node.shards.has(digest)
+    wait_at_rest(head)
+
+
+def test_a_tail_that_is_down_is_half_a_success(node: RunningNode) -> None:
+    digest, data = shard()
+    reports = put(node, digest, data, (Hop("pi2", "127.0.0.1", 1),))
+    assert reports["pi1"].state == "durable"
+    assert (reports["pi2"].state, reports["pi2"].code) == ("failed", "peer_unreachable")
+    wait_at_rest(node)
+
+
+def test_a_tail_without_slots_is_busy_and_not_to_blame(two_nodes: list[RunningNode]) -> None:
+    head, tail = two_nodes
+    digest, data = shard()
+    taken = [tail.node.bulk.receive_slots[1].take(f"peer{n}") for n in range(8)]
+    assert all(taken)
+    reports = put(head, digest, data, (tail.place.hop,))
+    assert (reports["pi1"].state, reports["pi2"].state) == ("durable", "busy")
+    for number in range(8):
+        tail.node.bulk.receive_slots[1].give_back(f"peer{number}")
+    assert put(head, digest, data, (tail.place.hop,))["pi2"].state == "durable"
+
+
+def test_a_head_whose_disk_fails_does_not_blame_its_tail(
+    two_nodes: list[RunningNode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, tail = two_nodes
+    digest, data = shard()
+    filesystem = OperatingSystem
+    original = filesystem.pwrite
+    incoming = str(head.store)
+    counted: list[int] = []
+
+    def failing(self: OperatingSystem, descriptor: int, data: memoryview, offset: int) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(incoming):
+            counted.append(descriptor)
+            if len(counted) > 3:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(self, descriptor, data, offset)
+
+    monkeypatch.setattr(filesystem, "pwrite", failing)
+    reports = put(head, digest, data, (tail.place.hop,))
+    monkeypatch.undo()
+    assert (reports["pi1"].state, reports["pi1"].code) == ("failed", "no_room")
+    assert reports["pi2"].state == "receiving"
+    assert not tail.node.shards.has(digest)
+    wait_at_rest(head)
+    wait_at_rest(tail)
+
+
+def test_a_push_goes_to_each_node_and_blames_only_who_failed(
+    two_nodes: list[RunningNode],
+) -> None:
+    head, tail = two_nodes
+    digest, data = shard()
+    put(head, digest, data)
+    down = Hop("pi3", "127.0.0.1", 1)
+    with connector(head) as bulk:
+        where = head.place
+        channel = bulk.acquire(where.node, where.host, where.bulk)
+        request_ = messages.PushShard(digest, len(data), (down, tail.place.hop))
+        reports = {report.node: report for report in push_shard(channel, request_)}
+        assert [reports[n].state for n in ("pi1", "pi3", "pi2")] == ["present", "failed", "durable"]
+        missing = messages.PushShard(b"\0" * 32, 1, (tail.place.hop,))
+        with pytest.raises(PeerRefused, match="not in"):
+            push_shard(channel, missing)
+        bulk.release(where.node, where.host, where.bulk, channel)
+    assert tail.node.shards.has(digest)
+
+
+def test_a_bad_copy_that_was_passed_on_is_found_out(two_nodes: list[RunningNode]) -> None:
+    head, tail = two_nodes
+    digest, data = shard()
+    put(head, digest, data)
+    path = Path(head.store, "shards", digest.hex()[:2], digest.hex())
+    path.write_bytes(b"\0" + data[1:])
+    reports = put(head, digest, data, (tail.place.hop,))
+    assert (reports["pi1"].state, reports["pi1"].code) == ("failed", "shard_corrupt")
+    assert not head.node.shards.has(digest)
+    assert not tail.node.shards.has(digest)
+
+
+# Stopping
+
+
+def test_a_transfer_under_way_may_finish_when_the_node_stops(node: RunningNode) -> None:
+    digest, data = shard()
+    with greeted(node) as peer, greeted(node) as idle:
+        peer.send(messages.PutShard(digest, len(data)))
+        assert isinstance(peer.receive()[1], messages.Ready)
+        peer.promise(messages.ShardData(digest), len(data))
+        peer.sock.sendall(data[:1000])
+        node.request_stop()
+        assert idle.is_closed()
+        peer.sock.sendall(data[1000:])
+        while isinstance(answer := peer.receive()[1], messages.Progress):
+            pass
+        assert isinstance(answer, messages.PutResult)
+        assert answer.reports[0].state == "durable"
+    node.join()
+
+
+def test_a_transfer_that_does_not_finish_is_cut_off_when_the_node_stops(
+    node: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "SHUTDOWN_TIMEOUT_S", 0.5)
+    digest, data = shard()
+    with greeted(node) as peer:
+        peer.send(messages.PutShard(digest, len(data)))
+        assert isinstance(peer.receive()[1], messages.Ready)
+        started_s = time.monotonic()
+        node.stop()
+        assert time.monotonic() - started_s < 15
+        assert peer.is_closed()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("bulk ")]
+
+
+# The parts
+
+
+def test_slots_are_counted_for_each_peer() -> None:
+    slots = Slots(3, per_peer=2)
+    assert [slots.take(peer) for peer in "aaab"] == [True, True, False, True]
+    assert not slots.take("b")
+    slots.give_back("a")
+    assert slots.take("b")
+    assert slots.free == 0
+
+
+def test_a_closed_registry_admits_nobody() -> None:
+    connections = BulkConnections()
+    connections.close()
+    assert connections.admit(object.__new__(BulkChannel)) is None
