@@ -631,6 +631,7 @@ def write_versions(cluster: BreakableCluster, raw: bytes, count: int) -> None:
     signer = Signer.from_pem((pki / "client.pem").read_bytes(), (pki / "client.key").read_bytes())
     manifest = documents.decode(raw, cluster="local")
     assert isinstance(manifest, documents.Manifest)
+    stores = [str(cluster.store_path(node.id)) for node in cluster.local.nodes()]
     for number in range(1, count + 1):
         version = documents.encode(
             structs.replace(
@@ -641,7 +642,6 @@ def write_versions(cluster: BreakableCluster, raw: bytes, count: int) -> None:
             )
         )
         version_id, signature = documents.document_id(version), signer.sign(version)
-        for node in cluster.local.nodes():
-            store = str(cluster.store_path(node.id))
+        for store in stores:
             Path(layout.signature_path(store, version_id)).write_bytes(signature)
             Path(layout.document_path(store, version_id)).write_bytes(version)

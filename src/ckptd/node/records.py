@@ -18,6 +18,7 @@ from ckptd.core.identity import Identity, Role
 from ckptd.core.signing import Signer
 from ckptd.errors import DocumentRefused, IntegrityError
 from ckptd.store.documents import DocumentFiles
+from ckptd.store.index import NEVER
 from ckptd.store.shards import ShardStore
 
 _log = structlog.get_logger(__name__)
@@ -137,15 +138,10 @@ class Records:
         references = self._references(version_id)
         if references is None:
             return None, -1.0
-        held = [shards.has(digest, size) for digest, size in references]
-        checks = [
-            shards.verified_at(digest)
-            for (digest, _), here in zip(references, held, strict=True)
-            if here
-        ]
-        known = [at for at in checks if at is not None]
-        age_s = max(0.0, now - min(known)) if known and len(known) == len(checks) else -1.0
-        return bitmaps.pack(held), age_s
+        checks = shards.checks(references)
+        oldest = min((at for at in checks if at is not None), default=NEVER)
+        age_s = -1.0 if oldest == NEVER else max(0.0, now - oldest)
+        return bitmaps.pack([at is not None for at in checks]), age_s
 
     def _references(self, version_id: str) -> list[tuple[bytes, int]] | None:
         """Digest and size of each shard of a version; None when its manifest is not here."""

@@ -95,6 +95,15 @@ class ShardIndex:
             return None
         return bucket.verified_at[position]
 
+    def check(self, digest: bytes, size_bytes: int) -> float | None:
+        """When the shard was last hashed, NEVER if it was not since the start; None when it is not
+        here with this size."""
+        bucket = self._buckets[digest[0]]
+        position, found = bucket.find(digest)
+        if not found or bucket.sizes[position] != size_bytes:
+            return None
+        return bucket.verified_at[position]
+
     def touched_at(self, digest: bytes) -> float | None:
         """When the shard was last wanted by a store; None when it is not here."""
         bucket = self._buckets[digest[0]]

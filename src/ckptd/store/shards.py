@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from ckptd.core import limits
@@ -104,6 +104,13 @@ class ShardStore:
         self._medium.require()
         with self._lock:
             return self._index.verified_at(digest)
+
+    def checks(self, shards: Iterable[tuple[bytes, int]]) -> list[float | None]:
+        """For each (digest, size in bytes) what `verified_at` tells, with NEVER in the place of
+        None; None when the shard is not here with that size. For many shards at once."""
+        self._medium.require()
+        with self._lock:
+            return [self._index.check(digest, size) for digest, size in shards]
 
     def touch(self, digest: bytes, now: float) -> bool:
         """Record that a store wants this shard (`now` by the same clock); False: not here."""

@@ -207,11 +207,12 @@ def test_the_reference_is_what_the_commands_say() -> None:
 def test_listing_commands_import_nothing_that_they_do_not_need() -> None:
     """`ckptd ls` is typed often: what takes long to import must not slow down its start."""
     program = (
-        "import sys; from ckptd.cli import main; import ckptd.cli.listing, ckptd.client.listing; "
-        "print(*sys.modules)"
+        "import sys; from ckptd.cli import main; main.run(['ls', '--help']); "
+        "import ckptd.client.listing, ckptd.observe.logs; print(*sys.modules); "
+        "import rich.progress, structlog.dev"
     )
     loaded = subprocess.run(
         [sys.executable, "-c", program], check=True, capture_output=True, text=True
     ).stdout.split()
-    heavy = {"numpy", "safetensors", "torch", "prometheus_client", "h11", "rich.progress"}
+    heavy = {"numpy", "safetensors", "torch", "prometheus_client", "h11", "rich", "rich.console"}
     assert heavy.isdisjoint(loaded), heavy & set(loaded)

@@ -57,3 +57,16 @@ def test_100000_shards_stay_small() -> None:
     for bucket in index._buckets:
         held = [getattr(bucket, name) for name in bucket.__slots__]
         assert all(type(each) in (bytearray, array) for each in held)
+
+
+def test_a_check_is_told_only_for_the_right_size() -> None:
+    index = ShardIndex()
+    checked, unchecked, absent = (bytes([number]) * 32 for number in (1, 2, 3))
+    index.set(checked, 10, verified_at=5.0, touched_at=1.0)
+    index.set(unchecked, 10, verified_at=NEVER, touched_at=1.0)
+    assert [index.check(digest, 10) for digest in (checked, unchecked, absent)] == [
+        5.0,
+        NEVER,
+        None,
+    ]
+    assert index.check(checked, 11) is None
