@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from tests.cluster.kill_fixtures import (
     SHARD_SIZE,
@@ -22,6 +23,7 @@ from tests.cluster.kill_fixtures import (
 
 from ckptd.client.cluster import connect
 from ckptd.client.progress import Progress
+from ckptd.client.store import StoreResult
 from ckptd.client.store import store as store_checkpoint
 from ckptd.config import load
 from ckptd.errors import NoRoom, SourceChanged
@@ -113,6 +115,28 @@ def test_the_same_directory_again_sends_nothing_and_makes_no_version(
     # Under another name it is another version of the same shards.
     other = cluster.store(path, "again-elsewhere")
     assert other.version != first.version and other.bytes_sent == 0
+
+
+def test_equal_content_is_the_same_version_also_when_it_would_be_cut_otherwise_now(
+    fresh_cluster: BreakableCluster, tmp_path: Path
+) -> None:
+    path = make_checkpoint(tmp_path / "ck", "recut")
+    first = fresh_cluster.store(path, "recut")
+    config = load(fresh_cluster.config)
+    larger = msgspec.structs.replace(config.replication, shard_size_bytes=4 * SHARD_SIZE)
+    # One copy of a shard is gone: the store has to complete the version as it was cut.
+    shard, holders = next(iter(fresh_cluster.all_shards().items()))
+    fresh_cluster.kill(min(holders))
+    fresh_cluster.shard_file(min(holders), shard).unlink()
+    fresh_cluster.up()
+
+    async def work() -> StoreResult:
+        async with connect(msgspec.structs.replace(config, replication=larger)) as cluster:
+            return await store_checkpoint(cluster, path, name="recut")
+
+    second = run_on_loop(work())
+    assert (second.version, second.state, second.copies) == (first.version, "protected", 2)
+    assert len(fresh_cluster.all_shards()[shard]) == 2
 
 
 def test_one_changed_byte_costs_the_shards_of_its_tensor(

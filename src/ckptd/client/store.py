@@ -24,7 +24,7 @@ import structlog
 from ckptd.client.cluster import Cluster
 from ckptd.client.documents import next_order, publish
 from ckptd.client.hashing import BytesReader, HashedShard, PieceReader, SourceHasher, hash_file
-from ckptd.client.manifest_entries import entries_of
+from ckptd.client.manifest_entries import entries_of, shards_of
 from ckptd.client.progress import Progress
 from ckptd.client.source import Source, scan
 from ckptd.client.transfers import Shard, Transfers
@@ -98,7 +98,8 @@ class _Store:
         self._cluster = cluster
         self._path = path
         self._name = check_name(name)
-        self._copies = copies or cluster.config.replication.copies
+        # Fewer than the cluster's setting are never enough: its states count by the larger one.
+        self._copies = max(copies or 0, cluster.config.replication.copies)
         self._as_is = as_is
         self._progress = progress
         self._shards: dict[bytes, Shard] = {}  # in the order of the manifest
@@ -291,7 +292,7 @@ class _Store:
         content_id = documents.content_id(entries)
         newest = catalogue.newest(self._name)
         if newest is not None and newest.content_id == content_id:
-            same = await self._same_version(newest.id, references)
+            same = await self._same_version(newest.id, source)
             if same is not None:
                 return same
         now = datetime.now(UTC)
@@ -321,17 +322,30 @@ class _Store:
             )
         return manifest, raw
 
-    async def _same_version(
-        self, version: str, references: tuple[ShardReference, ...]
-    ) -> tuple[Manifest, bytes] | None:
-        """The newest version again, when it has this content in these shards."""
+    async def _same_version(self, version: str, source: Source) -> tuple[Manifest, bytes] | None:
+        """The newest version again, which has this content. It may be cut in another way (with
+        another shard size): then its own shards are completed."""
         try:
             signed = await self._cluster.signed(version)
         except NotFound:
             return None
         manifest = self._cluster.admit(signed)[1]
-        if not isinstance(manifest, Manifest) or set(manifest.shards) != set(references):
+        if not isinstance(manifest, Manifest):
             return None
+        digests = [bytes.fromhex(reference.shard) for reference in manifest.shards]
+        if set(digests) == self._shards.keys():
+            return manifest, signed.document
+        shards: dict[bytes, Shard] = {}
+        for digest, hashed in zip(digests, shards_of(manifest, source), strict=True):
+            if hashed is not None:
+                shards[digest] = Shard(digest, hashed.size, partial(PieceReader, source, hashed))
+            elif digest == self._index_digest:
+                shards[digest] = self._shards[digest]
+            else:
+                return None
+        self._shards = shards
+        async with asyncio.TaskGroup() as group:
+            await self._consider(list(shards.values()), group)
         return manifest, signed.document
 
     def _index_of(self, references: tuple[ShardReference, ...]) -> int | None:
