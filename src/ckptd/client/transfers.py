@@ -62,6 +62,7 @@ class Shard:
     open: Callable[[], ShardBytes]
     holders: set[str] = field(default_factory=set)
     bad_holders: set[str] = field(default_factory=set)  # found out during a transfer
+    durable_at_s: dict[str, float] = field(default_factory=dict)  # by node, monotonic clock
 
 
 class Transfers:
@@ -272,7 +273,8 @@ class Transfers:
                 self._failures.pop(node, None)
                 if report.state == "durable":
                     self.bytes_written += shard.size
-                    self._note_speed(node, shard.size, started_s)
+                    ended_s = shard.durable_at_s.get(node, time.monotonic())
+                    self._note_speed(node, shard.size, started_s, ended_s)
                 else:
                     self._placement.released(node, shard.size)
                 continue
@@ -284,12 +286,12 @@ class Transfers:
         shard.bad_holders.clear()
         return busy
 
-    def _note_speed(self, node: str, size: int, started_s: float) -> None:
-        """The node was busy with this shard since it began, or since it finished the one before."""
-        now_s = time.monotonic()
+    def _note_speed(self, node: str, size: int, started_s: float, ended_s: float) -> None:
+        """The node was busy with this shard since it began, or since it finished the one before,
+        until its own copy was durable: a slow tail does not make its head look slow."""
         began_s = max(started_s, self._free_at_s.get(node, 0.0))
-        self._free_at_s[node] = now_s
-        self._placement.finished(node, size, now_s - began_s)
+        self._free_at_s[node] = max(ended_s, began_s)
+        self._placement.finished(node, size, ended_s - began_s)
 
     def _note_failure(self, node: str, code: str, reason: str, started_s: float) -> None:
         _log.info("copy_failed", node=node, kind=code, reason=reason)
@@ -355,6 +357,7 @@ class Transfers:
                 source.close()
                 with self._lock:
                     self.bytes_sent += sender.sent_bytes
+                    shard.durable_at_s.update(sender.durable_at_s)
                 self._progress.node(head.node, sender.sent_bytes)
 
 

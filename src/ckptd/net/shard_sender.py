@@ -90,6 +90,7 @@ class ShardSender:
         self._hop = hop
         self._on_news = on_news
         self.reports: dict[str, CopyReport] = {}
+        self.durable_at_s: dict[str, float] = {}  # by node, on the monotonic clock
         self.sent_bytes = 0
         self.wanted = False
         self._result: messages.PutResult | None = None
@@ -178,6 +179,8 @@ class ShardSender:
             if report.node not in self._nodes or report == before:
                 continue
             self.reports[report.node] = report
+            if report.state == "durable":
+                self.durable_at_s[report.node] = time.monotonic()
             if not _is_unfinished(report) or _received(report) > _received(before):
                 self._deadlines.progress()
         self._on_news()
