@@ -184,7 +184,10 @@ class _Forwarder:
     def reports(self) -> tuple[CopyReport, ...]:
         """What is known of the rest of the chain."""
         known = dict(self._sender.reports) if self._sender is not None else {}
-        if self._error is not None and not isinstance(self._error, _Incomplete):
+        if isinstance(self._error, _Incomplete):
+            for hop in (self._target, *self._request.chain):
+                known.setdefault(hop.node, CopyReport(hop.node, "receiving"))
+        elif self._error is not None:
             culprit = self._error.node if isinstance(self._error, PeerError) else self._target.node
             for hop in (self._target, *self._request.chain):
                 report = known.get(hop.node)

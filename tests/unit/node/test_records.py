@@ -1,0 +1,125 @@
+"""Documents of a node: admitted one at a time, bounded for each worker, healed when damaged."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.unit.node.running_nodes import RunningNode, identity
+
+from ckptd.core import admission, documents, limits
+from ckptd.core.signing import Signer
+from ckptd.errors import DocumentRefused
+from ckptd.node import records as records_module
+from ckptd.node.peers import missing_ids
+
+
+def signer(node: RunningNode, name: str) -> Signer:
+    files = identity(node.pki, name)
+    return Signer.from_pem(files.cert.read_bytes(), files.key.read_bytes())
+
+
+def member(order: int, *, name: str = "mallory", zone: str = "") -> bytes:
+    return documents.encode(
+        documents.Member(
+            format=1,
+            cluster="home",
+            order=order,
+            created="2026-01-01T00:00:00Z",
+            node=name,
+            roles=("worker",),
+            address="127.0.0.1:1",
+            bulk_port=1,
+            zone=zone,
+        )
+    )
+
+
+def test_a_worker_may_write_only_so_many_documents(
+    node: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "WORKER_DOCUMENTS_MAX", 3)
+    records, worker = node.node.records, signer(node, "mallory")
+    for order in range(1, 4):
+        records.write(member(order), worker)
+    with pytest.raises(DocumentRefused, match="over 3"):
+        records.write(member(9), worker)
+    records.write(member(1), worker)  # known already: confirmed as it is
+    records.write(member(10, name="pi1"), signer(node, "pi1"))
+
+
+def test_a_full_catalogue_takes_no_more(node: RunningNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "CATALOGUE_DOCUMENTS_MAX", len(node.node.records.catalogue))
+    with pytest.raises(DocumentRefused, match="documents"):
+        node.node.records.write(member(1), signer(node, "mallory"))
+
+
+def test_a_long_document_of_a_worker_is_refused_before_it_is_parsed(
+    node: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = b"x" * (limits.WORKER_DOCUMENT_MAX_BYTES + 1)
+    parsed: list[object] = []
+    monkeypatch.setattr(records_module, "admit", lambda *a, **k: parsed.append(a))
+    with pytest.raises(DocumentRefused, match="over the limit"):
+        node.node.records.put(memoryview(raw), signer(node, "mallory").sign(raw))
+    assert not parsed
+
+
+def test_one_document_is_parsed_at_a_time(
+    node: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records, worker = node.node.records, signer(node, "mallory")
+    inside, most, lock = 0, 0, threading.Lock()
+    original = admission.admit
+
+    def admit(*arguments: object, **named: object) -> object:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        try:
+            return original(*arguments, **named)  # type: ignore[arg-type]
+        finally:
+            with lock:
+                inside -= 1
+
+    monkeypatch.setattr(records_module, "admit", admit)
+    threads = [
+        threading.Thread(target=records.write, args=(member(order), worker))
+        for order in range(1, 30)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert len(records.catalogue) == 30
+
+
+def test_a_damaged_document_is_written_anew_when_it_is_brought_again(node: RunningNode) -> None:
+    records, worker = node.node.records, signer(node, "mallory")
+    raw = member(1)
+    document_id = records.write(raw, worker)
+    path = Path(node.store, "catalogue", f"{document_id}.json")
+    path.write_bytes(b"\0" * len(raw))
+    assert records.get(document_id) is None
+    assert records.write(raw, worker) == document_id
+    assert path.read_bytes() == raw
+
+
+IDS = st.frozensets(st.binary(min_size=32, max_size=32), max_size=12)
+
+
+@given(IDS, IDS, IDS)
+def test_what_each_side_lacks(
+    common: frozenset[bytes], a: frozenset[bytes], b: frozenset[bytes]
+) -> None:
+    ours, theirs = common | a, common | b
+    packed = [b"".join(sorted(ids)) for ids in (ours, theirs)]
+    here, there = missing_ids(packed[0], memoryview(packed[1]), 100)
+    assert (here, there) == (sorted(theirs - ours), sorted(ours - theirs))
+    here, there = missing_ids(packed[0], memoryview(packed[1]), 2)
+    assert (here, there) == (sorted(theirs - ours)[:2], sorted(ours - theirs)[:2])
