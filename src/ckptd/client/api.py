@@ -1,10 +1,9 @@
-"""The Python interface: `ckptd.Client`, and `ckptd.store` and its like without asyncio.
+"""The Python interface: `ckptd.Client` for asyncio, `ckptd.SyncClient` without it.
 
-import ckptd
-
-ckptd.store("checkpoints/step-1000", name="run1/step-1000")
-ckptd.restore("run1/step-1000", to="resumed")
-weights = ckptd.load_tensors("run1/step-1000", ["model.layers.0.*"])
+client = ckptd.SyncClient()
+client.store("checkpoints/step-1000", "run1/step-1000")
+client.restore("run1/step-1000", "resumed")
+weights = client.load_tensors("run1/step-1000", ["model.layers.0.*"])
 
 async with ckptd.Client() as client:
     for row in await client.ls("run1"):
