@@ -108,6 +108,16 @@ class RawPeer:
             pass
         return answer
 
+    def is_given_up(self) -> bool:
+        """Whether the node refuses this connection with an Error, or ends it."""
+        try:
+            header, message, _ = self.receive()
+        except TimeoutError:
+            return False
+        except OSError:
+            return True
+        return isinstance(message, messages.Error) and header.request_id == 0
+
     def is_closed(self, timeout_s: float = TIMEOUT_S) -> bool:
         """Whether the node ends this connection in time; what it says before is ignored."""
         deadline_s = time.monotonic() + timeout_s

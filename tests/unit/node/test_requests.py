@@ -35,9 +35,7 @@ def test_workers_and_monitors_may_not_verify(
         assert answer.code == "not_authorized"
 
 
-def put(
-    node: RunningNode, peer: RawPeer, *signed: messages.SignedDocument, count: int | None = None
-) -> Message:
+def put(peer: RawPeer, *signed: messages.SignedDocument, count: int | None = None) -> Message:
     number = len(signed) if count is None else count
     return peer.ask(messages.PutDocuments(number), payload=messages.encode_documents(signed))
 
