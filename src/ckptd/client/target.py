@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -19,6 +20,7 @@ from typing import Final, Literal
 import structlog
 
 from ckptd.client.output_files import disk_error
+from ckptd.core import limits
 from ckptd.core.names import colliding
 from ckptd.errors import Refused, TargetExists
 from ckptd.store.filesystem import OPERATING_SYSTEM
@@ -73,11 +75,24 @@ def choose_target(
         )
     if found != "something" or not os.path.isdir(path):
         replaces = "all"
-    parent, name = os.path.split(path)
+    parent = os.path.dirname(path)
     if not os.path.isdir(parent):
         raise Refused(f"{parent} is not there", next=f"mkdir -p {parent}")
-    staging = os.path.join(parent, f".{name}.ckptd-restore-{version[:STAGING_VERSION_DIGITS]}")
+    staging = _beside(path, f"ckptd-restore-{version[:STAGING_VERSION_DIGITS]}")
     return Target(path, staging, found, replaces)
+
+
+def _beside(path: str, mark: str) -> str:
+    """A hidden place next to `path`, the same each time. A name that leaves no room for `mark` in
+    what a file system takes is cut, and told apart by its hash."""
+    parent, name = os.path.split(path)
+    room = limits.NAME_SEGMENT_MAX_BYTES - len(f"..{mark}")
+    if len(os.fsencode(name)) > room:
+        mark = f"{hashlib.sha256(os.fsencode(name)).hexdigest()[:16]}.{mark}"
+        room = limits.NAME_SEGMENT_MAX_BYTES - len(f"..{mark}")
+        while len(os.fsencode(name)) > room:
+            name = name[:-1]
+    return os.path.join(parent, f".{name}.{mark}")
 
 
 def _look(path: str, is_file: bool) -> Found:
@@ -219,9 +234,7 @@ def _rename_new(source: str, target: str) -> None:
 
 def _swap(source: str, target: str) -> None:
     """Exchanges two names, and removes what `target` was."""
-    old = os.path.join(
-        os.path.dirname(target), f".{os.path.basename(target)}.ckptd-old-{secrets.token_hex(4)}"
-    )
+    old = _beside(target, f"ckptd-old-{secrets.token_hex(4)}")
     if os.path.isfile(source) and not os.path.isdir(target):
         os.replace(source, target)
         return

@@ -45,6 +45,24 @@ def test_the_staging_directory_lies_beside_the_target(tmp_path: Path) -> None:
     assert target.found == "nothing"
 
 
+@pytest.mark.parametrize("letter", ["n", "\u00fc"])
+def test_a_name_of_255_bytes_can_be_restored_and_replaced(tmp_path: Path, letter: str) -> None:
+    name = letter * (255 // len(letter.encode())) + "x" * (255 % len(letter.encode()))
+    first = choose(tmp_path / name)
+    put_in_place(first, staged(first))
+    again = choose(tmp_path / name, force=True)
+    assert again.staging == first.staging
+    put_in_place(again, staged(again, "newer"))
+    assert os.listdir(tmp_path) == [name]
+    assert (tmp_path / name / "file").read_text() == "newer"
+
+
+def test_long_names_that_differ_at_their_end_have_staging_directories_of_their_own(
+    tmp_path: Path,
+) -> None:
+    assert choose(tmp_path / ("n" * 250 + "a")).staging != choose(tmp_path / ("n" * 250)).staging
+
+
 def test_a_link_to_a_directory_means_that_directory(tmp_path: Path) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")
