@@ -209,6 +209,14 @@ def test_three_copies_when_asked(cluster: BreakableCluster, tmp_path: Path) -> N
     stored = cluster.store(path, "three", copies=3)
     assert stored.copies == 3 and stored.bytes_sent * 3 == stored.bytes_written
     assert set(_copies(cluster, "node1", stored.version)) == {3}
+    # Stored again without a word about copies, this version still wants three.
+    shard, _ = cluster.manifest("node1", stored.version)["shards"][0]
+    holder = min(cluster.all_shards()[shard])
+    cluster.shard_file(holder, shard).unlink()
+    cluster.command("verify", "three")
+    again = cluster.store(path, "three")
+    assert (again.version, again.state, again.copies) == (stored.version, "protected", 3)
+    assert set(_copies(cluster, "node1", stored.version)) == {3}
     # Asked for more copies later, only those that are missing are made.
     more = cluster.store(path, "three", copies=4)
     assert (more.version, more.copies) == (stored.version, 4)

@@ -332,6 +332,9 @@ class _Store:
         manifest = self._cluster.admit(signed)[1]
         if not isinstance(manifest, Manifest):
             return None
+        if manifest.copies > self._copies:  # it was stored with more: they stay wanted
+            self._copies = manifest.copies
+            self._transfers.want(manifest.copies)
         digests = [bytes.fromhex(reference.shard) for reference in manifest.shards]
         if set(digests) == self._shards.keys():
             return manifest, signed.document

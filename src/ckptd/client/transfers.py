@@ -112,6 +112,11 @@ class Transfers:
                 channel.interrupt()
         self._threads.shutdown(wait=True, cancel_futures=True)
 
+    def want(self, copies: int) -> None:
+        """From now on each shard shall have this many copies."""
+        self._copies = copies
+        self._placement.want(copies)
+
     def distinct(self, holders: Iterable[str]) -> int:
         """How many machines those of these nodes are that still answer."""
         nodes = self._cluster.nodes

@@ -79,6 +79,11 @@ class Placement:
 
     # -- what happened
 
+    def want(self, copies: int) -> None:
+        """From now on `copies` are wanted of each shard."""
+        self._copies = copies
+        self._plans.clear()
+
     def finished(self, node_id: str, size_bytes: int, seconds: float) -> None:
         """`node_id` stored `size_bytes` that `choose` gave it, and was busy `seconds` with them:
         the time since it began, or since it finished what came before, whichever is shorter."""
