@@ -45,7 +45,7 @@ class Records:
         self._parsing = threading.Lock()
         self._of_worker: Counter[str] = Counter()
         self.catalogue = Catalogue(cluster)
-        self.unreadable: list[str] = []
+        self.unreadable: set[str] = set()
 
     def load(self) -> None:
         """Reads all documents once, at start. What cannot be admitted any more is left on the
@@ -55,7 +55,7 @@ class Records:
                 raw, signature = self._files.get(document_id)
                 _, document, author = admit(raw, signature, cluster=self._cluster, ca=self._ca)
             except (DocumentRefused, IntegrityError) as error:
-                self.unreadable.append(document_id)
+                self.unreadable.add(document_id)
                 _log.error("document_unreadable", document=document_id, reason=error.message)
                 continue
             self.catalogue.add(document_id, document, author=author)
@@ -77,8 +77,13 @@ class Records:
         found, document, author = admit(raw, signature, cluster=self._cluster, ca=self._ca)
         with self._lock:
             self._check_count(author)
+        if found in self._files:
+            # It was refused at the start though its bytes are good: the signature beside them is
+            # not. `put` leaves what is there alone, so that goes aside first.
+            self._files.quarantine(found)
         self._files.put(found, raw, signature)
         with self._lock:
+            self.unreadable.discard(found)
             if self.catalogue.add(found, document, author=author):
                 self._count(author)
                 kind = type(document).__name__.lower()

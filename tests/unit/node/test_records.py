@@ -15,6 +15,7 @@ from ckptd.core.signing import Signer
 from ckptd.errors import DocumentRefused
 from ckptd.node import records as records_module
 from ckptd.node.peers import missing_ids
+from ckptd.store.documents import DocumentFiles
 
 
 def signer(node: RunningNode, name: str) -> Signer:
@@ -108,6 +109,29 @@ def test_a_damaged_document_is_written_anew_when_it_is_brought_again(node: Runni
     assert records.get(document_id) is None
     assert records.write(raw, worker) == document_id
     assert path.read_bytes() == raw
+
+
+def test_a_document_with_a_bad_signature_is_written_anew_when_it_is_brought_again(
+    node: RunningNode,
+) -> None:
+    records, worker = node.node.records, signer(node, "mallory")
+    raw = member(1)
+    document_id = records.write(raw, worker)
+    path = Path(node.store, "catalogue", f"{document_id}.sig")
+    good = path.read_bytes()
+    path.write_bytes(worker.sign(b"something else"))
+
+    def restarted() -> records_module.Records:
+        files = DocumentFiles(node.node.shards._directory)  # as after a restart
+        found = records_module.Records(files, cluster="home", ca=records._ca)
+        found.load()
+        return found
+
+    after = restarted()
+    assert after.unreadable == {document_id} and document_id not in after.catalogue
+    after.put(raw, good)
+    assert path.read_bytes() == good and not after.unreadable
+    assert document_id in restarted().catalogue
 
 
 IDS = st.frozensets(st.binary(min_size=32, max_size=32), max_size=12)
