@@ -263,9 +263,9 @@ def check_status(status: messages.NodeStatus) -> Iterator[Finding]:
         yield Finding(
             "documents",
             "warning",
-            f"{status.node}: there are documents that its version {status.software} cannot read; "
-            "they are kept, and nothing is collected meanwhile",
-            f"on {status.node}: upgrade ckptd",
+            f"{status.node}: there are documents that it cannot read, damaged or newer than its "
+            f"version {status.software}; they are kept, and nothing is collected meanwhile",
+            f"on {status.node}: journalctl -u ckptd | grep document_unreadable   (none: upgrade)",
         )
 
 

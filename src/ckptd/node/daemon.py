@@ -29,6 +29,7 @@ from ckptd.net.control_server import ControlServer
 from ckptd.net.loop import run
 from ckptd.net.tls import check_peer, client_context, server_context
 from ckptd.node.bulk_service import BulkService
+from ckptd.node.heap import keep_heap_small
 from ckptd.node.notify import notify
 from ckptd.node.peers import Peers
 from ckptd.node.records import Records
@@ -136,7 +137,7 @@ class Node:
             with contextlib.suppress(CkptdError):  # the medium just failed: the next call says so
                 room = self.shards.room()
                 total, used, free = room.bytes_total, room.bytes_used, max(0, room.bytes_free)
-                quarantined = len(self.shards.quarantined())
+                quarantined = sum(not file.suffix for file in self.shards.quarantined())
                 count = len(self.shards)
         return messages.NodeStatus(
             node=self._node.id,
@@ -421,6 +422,8 @@ async def _quietly(work: Awaitable[object]) -> None:
 
 def serve(config: Config, config_path: Path | None) -> None:
     """Runs a node until SIGTERM or SIGINT. Raises CkptdError when it cannot start."""
+
+    keep_heap_small()
 
     async def main() -> None:
         node = Node(config, config_path)
