@@ -19,9 +19,7 @@ NODE_ID_MAX_BYTES: Final = 63
 PATH_IN_CHECKPOINT_MAX_BYTES: Final = 4096
 
 # Documents
-DOCUMENT_MAX_BYTES: Final = (
-    16 * MIB
-)  # a manifest of 1 TiB at 32 MiB a shard has about 3 MiB
+DOCUMENT_MAX_BYTES: Final = 16 * MIB  # a manifest of 1 TiB at 32 MiB a shard has about 3 MiB
 TOMBSTONE_VERSIONS_MAX: Final = 10_000
 SHARDS_PER_MANIFEST_MAX: Final = 256 * KIB
 METRICS_MAX: Final = 256
@@ -33,9 +31,7 @@ SHARD_SIZE_MIN_BYTES: Final = 64 * KIB
 SHARD_SIZE_MAX_BYTES: Final = 256 * MIB
 SHARD_SIZE_DEFAULT_BYTES: Final = 32 * MIB
 CHECKPOINT_MAX_BYTES: Final = 4 * TIB
-SAFETENSORS_HEADER_MAX_BYTES: Final = (
-    100_000_000  # the limit of the safetensors library
-)
+SAFETENSORS_HEADER_MAX_BYTES: Final = 100_000_000  # the limit of the safetensors library
 TENSOR_INDEX_MAX_BYTES: Final = 256 * MIB  # uncompressed
 TENSORS_PER_FILE_MAX: Final = 250_000  # about 90 MB once parsed
 TENSORS_PER_CHECKPOINT_MAX: Final = 1_000_000
@@ -97,8 +93,8 @@ STALL_TIMEOUT_S: Final = 20.0
 STALL_TIMEOUT_STEP_PER_HOP_S: Final = 4.0
 # Once all bytes are there, a bad card may take long to make those of several shards durable.
 FLUSH_TIMEOUT_S: Final = 120.0
-# Of one shard, after the first STALL_TIMEOUT_S. A card that writes 7 MB/s for 8 shards at once, or a
-# 100 Mb/s link shared by 16 transfers, gives over ten times that.
+# Of one shard, after the first STALL_TIMEOUT_S. A card that writes 7 MB/s for 8 shards at once, or
+# a 100 Mb/s link shared by 16 transfers, gives over ten times that.
 TRANSFER_MIN_BYTES_PER_S: Final = 32 * KIB
 LAST_WORDS_TIMEOUT_S: Final = 2.0  # for a peer to read why a transfer ended before its time
 EVICT_HANDSHAKE_AFTER_S: Final = 1.0  # one that takes longer makes room when there is none
