@@ -128,6 +128,7 @@ def _likeness(line: str) -> str:
     line = re.sub(r"\b[0-9A-Z]{4}(-[0-9A-Z]{4}){7}\b", "CODE", line)
     line = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{8,}(\b|…)", "ID", line)
     line = re.sub(r"\bnode\d", "NODE", line)
+    line = re.sub(r"\bsuspect\b", "down", line)  # how long it was silent when it was asked
     line = re.sub(r"-?\d+(\.\d+)?(e[+-]\d+)?", "0", line)
     line = re.sub(r"\b0 (B|[kKMGT]i?B)(/s)?", "SIZE", line)
     line = re.sub(r"\b(NODE( SIZE)?)(, NODE( SIZE)?)+", r"\1", line)

@@ -84,8 +84,8 @@ def issue_command(role: str, node_id: str, directory: Path, out: Path | None) ->
     ROLE is worker, coordinator, client, admin or monitor. A machine that is both has the ROLE
     worker,coordinator; a person who stores and decides has client,admin.
     """
-    directory = directory.expanduser()
-    target = None if out is None else out.expanduser()
+    directory = directory.expanduser().absolute()
+    target = None if out is None else out.expanduser().absolute()
     issued = pki.issue(directory, _roles(role), node_id, out=target)
     session().emit(
         {
@@ -95,7 +95,7 @@ def issue_command(role: str, node_id: str, directory: Path, out: Path | None) ->
             "cert": str(issued.cert),
             "key": str(issued.key),
         },
-        "In the config of this node:\n"
+        f"In the config of {node_id}, with the paths that the files get there:\n"
         f"    tls: {{ca: {issued.ca}, cert: {issued.cert}, key: {issued.key}}}",
     )
 
