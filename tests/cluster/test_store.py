@@ -510,15 +510,18 @@ def test_a_bad_copy_is_not_passed_on_and_nobody_else_is_blamed(
 ) -> None:
     path = tmp_path / "weights.bin"
     path.write_bytes(os.urandom(MIB))
-    first = cluster.store(path, "rotten", copies=1)
+    first = cluster.store(path, "rotten")
     shard = cluster.manifest("node1", first.version)["shards"][0][0]
-    (holder,) = cluster.all_shards()[shard]
+    holder, other = sorted(cluster.all_shards()[shard])
+    cluster.kill(other)
+    cluster.shard_file(other, shard).unlink()
+    cluster.up()
     file = cluster.shard_file(holder, shard)
     content = bytearray(file.read_bytes())
     content[1000] ^= 1
     file.write_bytes(content)
     progress = _Interfere()
-    second = cluster.store(path, "rotten", copies=2, progress=progress)
+    second = cluster.store(path, "rotten", progress=progress)
     assert second.state == "protected" and second.copies == 2
     assert any(holder in note and shard in note for note in progress.notes)
     assert not [note for note in progress.notes if "left out" in note]

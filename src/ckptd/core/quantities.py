@@ -31,8 +31,8 @@ _DURATION_UNITS_MS: Final = {
     "d": 86_400_000,
     "w": 604_800_000,
 }
-# Twelve digits before the point reach every limit; more would only feed the arithmetic.
-_QUANTITY: Final = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,6}))?\s?([A-Za-z%]*)", re.ASCII)
+# Sixteen digits before the point reach every limit; more would only feed the arithmetic.
+_QUANTITY: Final = re.compile(r"([0-9]{1,16})(?:\.([0-9]{1,6}))?\s?([A-Za-z%]*)", re.ASCII)
 _HOST: Final = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,251}[A-Za-z0-9])?", re.ASCII)
 _HOST_V6: Final = re.compile(r"[0-9A-Fa-f:.]{2,45}(%[A-Za-z0-9._-]{1,32})?", re.ASCII)
 _PORT: Final = re.compile(r"[0-9]{1,5}", re.ASCII)
