@@ -19,7 +19,7 @@ demo: $(READY) ## the whole story in under a minute: store, kill, restore, compa
 	@$(VENV)/bin/ckptd demo $(ARGS)
 
 test: $(READY) ## every test that an ordinary user can run within ten minutes
-	@$(PYTHON) -m pytest tests -m "not long and not root" $(ARGS)
+	@$(PYTHON) -m pytest tests -m "not long and not root" -n 3 --dist loadfile $(ARGS)
 
 test-long: $(READY) ## kill rounds, gigabytes, every fault point
 	@$(PYTHON) -m pytest tests -m long $(ARGS)
