@@ -2,6 +2,7 @@
 
     DIR/pki/                 the CA, the client's certificate, one for each node
     DIR/ckptd.yml            the client's config
+    DIR/settings.yml         what `--set` was given
     DIR/NODE/ckptd.yml       a node's config; DIR/NODE/store its store, DIR/NODE/node.log its log
 
 The daemons outlive whoever started them. `up` starts whatever is not running, with its data.
@@ -83,16 +84,17 @@ class LocalCluster:
         """Makes what is missing, starts what is not running, and waits until all serve.
 
         `settings` are KEY=VALUE, with dotted keys of the config, for every node and the client;
-        nodes whose config they change are restarted. Raises UsageError, ConfigError, or
+        they are kept for later calls, and nodes whose config they change are restarted. Raises UsageError, ConfigError, or
         CkptdError with the last lines of the log of a node that does not start.
         """
         if not 1 <= count <= NODES_MAX:
             raise UsageError(f"--nodes takes 1 to {NODES_MAX}, not {count}")
-        overrides = parse_settings(settings)
+        overrides = _merged(self._kept_settings(), parse_settings(settings))
         existing = self._node_ids()
         if existing and len(existing) > count:
             count = len(existing)
         self._make(count, overrides)
+        self._settings.write_text(yaml.safe_dump(overrides), encoding="utf-8")
         nodes = self.nodes()
         starting = []
         for node in nodes:
@@ -103,6 +105,17 @@ class LocalCluster:
         for node, process, ready in starting:
             self._wait_ready(node, process, ready)
         return self.nodes()
+
+    @property
+    def _settings(self) -> Path:
+        return self.directory / "settings.yml"
+
+    def _kept_settings(self) -> dict[str, Any]:
+        """What earlier calls of `up` were given."""
+        if not self._settings.exists():
+            return {}
+        kept = yaml.safe_load(self._settings.read_text(encoding="utf-8"))
+        return kept if isinstance(kept, dict) else {}
 
     def down(self) -> list[str]:
         """Stops all daemons gracefully; their data stays. Returns the ids of those that ran."""

@@ -38,6 +38,21 @@ def test_a_setting_of_nodes_stays_out_of_the_clients_config(tmp_path: Path) -> N
         cluster.down()
 
 
+def test_settings_are_kept_and_nothing_is_restarted_without_need(tmp_path: Path) -> None:
+    cluster = LocalCluster(tmp_path / "local")
+    try:
+        (first,) = cluster.up(1, ["replication.shard_size=4MiB"])
+        (again,) = cluster.up(1)
+        assert again.config.replication.shard_size_bytes == 4 * 1024 * 1024
+        assert again.pid == first.pid
+        (changed,) = cluster.up(1, ["replication.copies=1"])
+        assert changed.config.replication.shard_size_bytes == 4 * 1024 * 1024
+        assert changed.config.replication.copies == 1
+        assert changed.pid != first.pid
+    finally:
+        cluster.down()
+
+
 def test_a_wrong_setting_is_refused_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no_such"):
         LocalCluster(tmp_path / "local").up(1, ["replication.no_such=1"])
