@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import pytest
 from msgspec import structs
-from tests.cluster.kill_fixtures import BreakableCluster, make_checkpoint
+from tests.cluster.kill_fixtures import BreakableCluster, make_checkpoint, wait_until
 
 from ckptd.client.cluster import Cluster, connect
 from ckptd.client.documents import confirm, next_order, publish, refusals, stored_on
@@ -135,3 +135,32 @@ def test_nobody_who_takes_a_document_is_an_error_with_reasons() -> None:
     assert (refused.exit_code, refused.next) == (1, "ckptd doctor")
     assert "n1: no room" in refused.message
     assert stored_on({"n1": PutDocumentResult(bytes(32), refused="no room")}) == []
+
+
+def test_rotten_manifests_hide_nothing_else_and_are_brought_back_while_the_nodes_run(
+    fresh_cluster: BreakableCluster, tmp_path: Path
+) -> None:
+    kept, rotten = make_checkpoint(tmp_path / "a", "kept"), make_checkpoint(tmp_path / "b", "rot")
+    fresh_cluster.store(kept, "kept")
+    version = fresh_cluster.store(rotten, "rotten").version
+    files = [
+        fresh_cluster.store_path(f"node{n}") / "catalogue" / f"{version}.json" for n in range(1, 5)
+    ]
+    good = files[0].read_bytes()
+    for file in files[:3]:
+        file.write_bytes(b"rot")
+    # Whoever asks finds it out; the node with the last good one brings it to the others.
+    assert fresh_cluster.comes_back("rotten", rotten)
+    wait_until(
+        lambda: all(file.exists() and file.read_bytes() == good for file in files), "healing"
+    )
+    assert fresh_cluster.command("ls", "rotten").document["checkpoints"][0]["state"] == "protected"
+    for file in files:
+        file.write_bytes(b"rot")
+    assert fresh_cluster.command("restore", "rotten", "--to", tmp_path / "none").code != 0
+    assert fresh_cluster.command("verify", "--all").document["unrecoverable"] == [
+        f"rotten@{version}"
+    ]
+    assert fresh_cluster.comes_back("kept", kept)
+    assert fresh_cluster.store(rotten, "rotten").state == "protected"
+    assert fresh_cluster.comes_back("rotten", rotten)

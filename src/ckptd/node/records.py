@@ -16,7 +16,7 @@ from ckptd.core.catalogue import Catalogue
 from ckptd.core.documents import Manifest, ShardReference
 from ckptd.core.identity import Identity, Role
 from ckptd.core.signing import Signer
-from ckptd.errors import DocumentRefused, IntegrityError
+from ckptd.errors import DocumentRefused, IntegrityError, NotFound, StoreOperationFailed
 from ckptd.store.documents import DocumentFiles
 from ckptd.store.index import NEVER
 from ckptd.store.shards import ShardStore
@@ -44,6 +44,7 @@ class Records:
         # A parsed manifest takes several times its bytes: one at a time is in memory.
         self._parsing = threading.Lock()
         self._of_worker: Counter[str] = Counter()
+        self._damaged: set[str] = set()  # known, but not on the disk any more
         self.catalogue = Catalogue(cluster)
         self.unreadable: set[str] = set()
 
@@ -54,7 +55,7 @@ class Records:
             try:
                 raw, signature = self._files.get(document_id)
                 _, document, author = admit(raw, signature, cluster=self._cluster, ca=self._ca)
-            except (DocumentRefused, IntegrityError) as error:
+            except (DocumentRefused, IntegrityError, StoreOperationFailed) as error:
                 self.unreadable.add(document_id)
                 _log.error("document_unreadable", document=document_id, reason=error.message)
                 continue
@@ -68,8 +69,9 @@ class Records:
         with self._parsing:
             found = hashlib.sha256(raw).hexdigest()
             with self._lock:
-                # One that went to quarantine is written anew.
-                if found in self.catalogue and found in self._files:
+                # One that went to quarantine, or cannot be read, is written anew.
+                known = found in self.catalogue and found not in self._damaged
+                if known and found in self._files:
                     return found
             return self._admit(bytes(raw), signature)
 
@@ -78,12 +80,13 @@ class Records:
         with self._lock:
             self._check_count(author)
         if found in self._files:
-            # It was refused at the start though its bytes are good: the signature beside them is
-            # not. `put` leaves what is there alone, so that goes aside first.
+            # It cannot be read, or was refused at the start though its bytes are good: then the
+            # signature beside them is not. `put` leaves what is there alone, so it goes aside.
             self._files.quarantine(found)
         self._files.put(found, raw, signature)
         with self._lock:
             self.unreadable.discard(found)
+            self._damaged.discard(found)
             if self.catalogue.add(found, document, author=author):
                 self._count(author)
                 kind = type(document).__name__.lower()
@@ -104,14 +107,20 @@ class Records:
             raise DocumentRefused(f"over {limits.CATALOGUE_DOCUMENTS_MAX} documents")
 
     def digest(self) -> bytes:
-        """As `Catalogue.digest`, while nobody adds a document."""
+        """SHA-256 over `packed_ids`."""
         with self._lock:
-            return self.catalogue.digest()
+            if not self._damaged:
+                return self.catalogue.digest()
+        return hashlib.sha256(self.packed_ids()).digest()
 
     def packed_ids(self) -> bytes:
-        """As `Catalogue.packed_ids`, while nobody adds a document."""
+        """As `Catalogue.packed_ids`, without the documents that were found damaged: so that other
+        nodes bring them again."""
         with self._lock:
-            return self.catalogue.packed_ids()
+            if not self._damaged:
+                return self.catalogue.packed_ids()
+            known = self.catalogue.ids()
+            return bytes.fromhex("".join(each for each in known if each not in self._damaged))
 
     def write(self, raw: bytes, signer: Signer) -> str:
         """Signs and keeps a document of this node's own."""
@@ -123,8 +132,12 @@ class Records:
             return None
         try:
             return self._files.get(document_id)
-        except IntegrityError as error:
-            _log.error("document_corrupt", document=document_id, reason=error.message)
+        except (IntegrityError, NotFound, StoreOperationFailed) as error:
+            with self._lock:
+                new = document_id not in self._damaged
+                self._damaged.add(document_id)
+            if new:
+                _log.error("document_corrupt", document=document_id, reason=error.message)
             return None
 
     def bitmap(self, version_id: str, shards: ShardStore) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from pathlib import Path
 
@@ -109,6 +110,40 @@ def test_a_damaged_document_is_written_anew_when_it_is_brought_again(node: Runni
     assert records.get(document_id) is None
     assert records.write(raw, worker) == document_id
     assert path.read_bytes() == raw
+
+
+def test_a_damaged_document_is_no_longer_among_those_that_others_need_not_bring(
+    node: RunningNode,
+) -> None:
+    records, worker = node.node.records, signer(node, "mallory")
+    whole = records.packed_ids()
+    raw = member(1)
+    document_id = records.write(raw, worker)
+    with_it = (records.packed_ids(), records.digest())
+    Path(node.store, "catalogue", f"{document_id}.json").write_bytes(b"rot")
+    for _ in range(2):  # once it is bad, from then on it is gone
+        assert records.get(document_id) is None
+        assert records.packed_ids() == whole
+        assert records.digest() == hashlib.sha256(whole).digest()
+    records.write(raw, worker)
+    assert (records.packed_ids(), records.digest()) == with_it
+    assert records.get(document_id) is not None
+
+
+def test_a_document_that_cannot_be_opened_is_written_anew_when_it_is_brought_again(
+    node: RunningNode,
+) -> None:
+    records, worker = node.node.records, signer(node, "mallory")
+    raw = member(1)
+    document_id = records.write(raw, worker)
+    path = Path(node.store, "catalogue", f"{document_id}.json")
+    path.unlink()
+    path.symlink_to(node.store)
+    assert records.get(document_id) is None
+    assert node.node.shards.room().bytes_total  # that says nothing of the disk
+    path.unlink()
+    records.write(raw, worker)
+    assert path.read_bytes() == raw and records.get(document_id) is not None
 
 
 def test_a_document_with_a_bad_signature_is_written_anew_when_it_is_brought_again(
