@@ -137,6 +137,21 @@ def test_other_bytes_than_announced_are_discarded(
     assert get_shard(store, digest_of(FIRST)) == FIRST
 
 
+def test_the_announced_size_counts_also_where_the_hash_is_right(
+    store: ShardStore, directory: StoreDirectory
+) -> None:
+    longer = store.begin(digest_of(FIRST), len(FIRST) + 1)
+    longer.write(FIRST)
+    with pytest.raises(ShardCorrupt):
+        longer.commit()
+    shorter = store.begin(digest_of(FIRST), len(FIRST) - 1)
+    shorter.write(FIRST[:1])
+    with pytest.raises(ShardCorrupt):  # before a byte is written for which no room was taken
+        shorter.write(FIRST[1:])
+    assert shorter.written == 1
+    assert not store.has(digest_of(FIRST)) and os.listdir(directory.incoming) == []
+
+
 def test_a_commit_cannot_be_repeated(store: ShardStore) -> None:
     incoming = store.begin(digest_of(FIRST), len(FIRST))
     incoming.write(FIRST)
