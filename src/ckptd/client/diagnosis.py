@@ -325,13 +325,13 @@ def check_room(room: Room) -> Finding:
             "error",
             f"{room.bytes_storable} bytes of checkpoints can still get all their copies: less than "
             "the newest one has",
-            "ckptd ls   (then ckptd rm what is not needed, or add a node)",
+            "ckptd nodes   (then add a node, or put in a larger disk)",
         )
     if room.checkpoints_fit is not None and room.checkpoints_fit < 3:
         return Finding(
             "room",
             "warning",
             f"there is room for {room.checkpoints_fit} more checkpoints like the newest",
-            "ckptd ls   (then ckptd rm what is not needed, or add a node)",
+            "ckptd nodes   (then add a node, or put in a larger disk)",
         )
-    return Finding("room", "ok", f"{room.bytes_storable} bytes of checkpoints still fit")
+    return Finding("room", "ok", f"{room.bytes_storable / 1e9:.1f} GB of checkpoints still fit")

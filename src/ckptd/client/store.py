@@ -153,7 +153,7 @@ class _Store:
             raise NoRoom(
                 f"{self._path} has {size} bytes, and the {len(status)} nodes that answer have room "
                 f"for {room} above their reserves",
-                next="ckptd nodes; then ckptd rm what is not needed, or add a node",
+                next="ckptd nodes   (then add a node, or put in a larger disk)",
             )
 
     # -- shards

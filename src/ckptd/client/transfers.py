@@ -133,7 +133,7 @@ class Transfers:
             return NoRoom(
                 f"none of the {len(nodes)} nodes that answer has room for more shards above its "
                 f"reserve{why}",
-                next="ckptd nodes; then ckptd rm what is not needed, or add a node",
+                next="ckptd nodes   (then add a node, or put in a larger disk)",
             )
         return NotEnoughNodes(
             f"no node took shard {shard.digest.hex()} ({len(nodes)} nodes answer){why}",

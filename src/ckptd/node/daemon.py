@@ -97,6 +97,7 @@ class Node:
         self._boot_id = boot_id()
         self._bulk_port = 0
         self._address = ""
+        self.failed_part: str | None = None
         self._stop = asyncio.Event()
 
     def _check_certificate(self) -> None:
@@ -321,6 +322,7 @@ class Node:
         """A part that ends by itself has failed: the node stops, and its supervisor restarts it."""
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("part_failed", part=task.get_name(), exc_info=error)
+            self.failed_part = task.get_name()
             self.request_stop()
 
     def _bulk_handshake(self, bulk: BulkService) -> Handshake:
@@ -432,5 +434,10 @@ def serve(config: Config, config_path: Path | None) -> None:
             loop.add_signal_handler(number, node.request_stop)
         loop.add_signal_handler(signal.SIGHUP, node.reload)
         await node.run(lambda: notify("READY=1"))
+        if node.failed_part is not None:
+            raise CkptdError(
+                f"the node stopped because a part of it failed: {node.failed_part}",
+                next="look at the log above; the service manager starts the node again",
+            )
 
     run(main())
