@@ -29,6 +29,7 @@ from ckptd.core.signing import Signer
 from ckptd.errors import (
     CkptdError,
     DocumentRefused,
+    NotAuthorized,
     NotEnoughNodes,
     NotFound,
     PeerError,
@@ -410,7 +411,11 @@ async def _connect(config: Config) -> Cluster:
     tls = config.tls
     context = client_context(tls.ca, tls.cert, tls.key)
     signer = Signer.from_pem(tls.cert.read_bytes(), tls.key.read_bytes())
-    identity = check_peer(signer.certificate_der, cluster=config.cluster)
+    try:
+        identity = check_peer(signer.certificate_der, cluster=config.cluster)
+    except NotAuthorized as error:
+        error.next = "ckptd doctor"
+        raise
     host = socket.gethostname()[:255]
 
     def hello() -> messages.Hello:

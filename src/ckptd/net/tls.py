@@ -19,6 +19,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from ckptd.core.identity import Identity, identity_of, load_ca
 from ckptd.errors import ConfigError, NotAuthorized
 
+# A config that names other files is a good one for `ckptd config check`, which opens none of them.
+_NEXT: Final = "ckptd doctor"
 _OPENSSL_CONF: Final = Path(__file__).with_name("openssl-chacha.cnf")
 
 
@@ -125,7 +127,7 @@ def _ca_der(ca: Path) -> bytes:
     try:
         return load_ca(pem).public_bytes(Encoding.DER)
     except NotAuthorized as error:
-        raise ConfigError("tls.ca", f"{ca}: {error.message}") from error
+        raise ConfigError("tls.ca", f"{ca}: {error.message}", next=_NEXT) from error
 
 
 def _load_own(context: ssl.SSLContext, cert: Path, key: Path) -> None:
@@ -136,10 +138,12 @@ def _load_own(context: ssl.SSLContext, cert: Path, key: Path) -> None:
         context.load_cert_chain(cert, key, password=_refuse_password)
     except ssl.SSLError as error:
         raise ConfigError(
-            "tls.cert", f"{cert} and {key} do not belong together: {error}"
+            "tls.cert", f"{cert} and {key} do not belong together: {error}", next=_NEXT
         ) from error
     except _KeyEncrypted as error:
-        raise ConfigError("tls.key", f"{key} is encrypted: store it without a password") from error
+        raise ConfigError(
+            "tls.key", f"{key} is encrypted: store it without a password", next=_NEXT
+        ) from error
 
 
 class _KeyEncrypted(Exception):
@@ -154,4 +158,4 @@ def _read(config_key: str, path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ConfigError(config_key, f"{path}: {error.strerror}") from error
+        raise ConfigError(config_key, f"{path}: {error.strerror}", next=_NEXT) from error

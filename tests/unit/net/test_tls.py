@@ -383,6 +383,8 @@ def test_files_that_cannot_be_used_are_named_by_their_config_key(
             with pytest.raises(ConfigError) as fault:
                 make(ca, cert, key_file)
             assert (fault.value.key, reason in fault.value.reason) == (config_key, True), reason
+            # `config check` opens none of these files and would find nothing wrong.
+            assert fault.value.next == "ckptd doctor"
 
 
 PI_4 = "processor\t: 0\nFeatures\t: fp asimd evtstrm crc32 cpuid\nmodel name\t: Cortex-A72\n"
