@@ -157,7 +157,8 @@ def test_rotten_manifests_hide_nothing_else_and_are_brought_back_while_the_nodes
     assert fresh_cluster.command("ls", "rotten").document["checkpoints"][0]["state"] == "protected"
     for file in files:
         file.write_bytes(b"rot")
-    assert fresh_cluster.command("restore", "rotten", "--to", tmp_path / "none").code != 0
+    lost = fresh_cluster.command("restore", "rotten", "--to", tmp_path / "none")
+    assert lost.code == 4 and lost.document["error"]["kind"] == "no_good_copy"
     assert fresh_cluster.command("verify", "--all").document["unrecoverable"] == [
         f"rotten@{version}"
     ]

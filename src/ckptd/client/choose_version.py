@@ -24,7 +24,14 @@ from ckptd.core.documents import Document, Manifest, Member, Tombstone, UnknownD
 from ckptd.core.headers import VersionHeader, version_header
 from ckptd.core.identity import Identity, Role, load_ca
 from ckptd.core.names import Selector, parse_selector
-from ckptd.errors import CkptdError, DocumentRefused, NotEnoughNodes, NotFound, Refused
+from ckptd.errors import (
+    CkptdError,
+    DocumentRefused,
+    NoGoodCopy,
+    NotEnoughNodes,
+    NotFound,
+    Refused,
+)
 from ckptd.store import layout
 
 _log = structlog.get_logger(__name__)
@@ -43,14 +50,21 @@ async def choose_in_cluster(cluster: Cluster, selector: str, progress: Progress)
     """The version that `selector` means, its manifest checked.
 
     RUN@latest and RUN@best mean the newest or best version of which every shard has a copy on a
-    node that answers. Raises NameRefused, NotFound, NotEnoughNodes.
+    node that answers. Raises NameRefused, NotFound, NotEnoughNodes, and NoGoodCopy when nodes list
+    what is wanted and none of them has a good manifest of it.
     """
     wanted = parse_selector(selector)
     catalogue = await cluster.catalogue()
     answering = len(cluster.workers)
     incomplete: set[str] = set()
+    unproved: list[str] = []
     while True:
-        header = _resolve(catalogue, wanted, cluster.config, incomplete)
+        try:
+            header = _resolve(catalogue, wanted, cluster.config, incomplete)
+        except NotFound as error:
+            if unproved:
+                raise _nothing_proved(cluster, unproved) from error
+            raise
         confirmed = await confirm(cluster, catalogue, [header])
         if not confirmed:
             # Its only proof may be on a node that has just gone: then an older one will not do.
@@ -58,7 +72,10 @@ async def choose_in_cluster(cluster: Cluster, selector: str, progress: Progress)
                 raise NotEnoughNodes(
                     f"the manifest of {header.label} cannot be had any more", next="ckptd nodes"
                 )
-            progress.note(f"{header.label} is only claimed by a node, and no document proves it")
+            progress.note(
+                f"{header.label} is passed over: nodes list it, and none can show its manifest"
+            )
+            unproved.append(header.label)
             continue
         if confirmed[0].name != header.name:
             continue  # a node told of it under a wrong name: what it means is decided anew
@@ -67,6 +84,13 @@ async def choose_in_cluster(cluster: Cluster, selector: str, progress: Progress)
             return Chosen(header.id, manifest, len(cluster.nodes) + len(cluster.absent))
         progress.note(f"{header.label} is newer or better, but not complete: it is passed over")
         incomplete.add(header.id)
+
+
+def _nothing_proved(cluster: Cluster, labels: list[str]) -> CkptdError:
+    what = f"nodes list {', '.join(labels)}, and none that answers can show a good manifest of it"
+    if cluster.all_answered:
+        return NoGoodCopy(what, next="ckptd doctor   (damaged documents lie in STORE/quarantine)")
+    return NotEnoughNodes(what, next="ckptd nodes; start those that are down, then restore again")
 
 
 def _resolve(
