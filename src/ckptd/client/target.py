@@ -264,7 +264,7 @@ def replace_files(target: Target, staged: str, paths: Sequence[str], modes: dict
                 os.close(directory)
                 directory = below
             os.rename(os.path.join(staged, path), name, dst_dir_fd=directory)
-            os.fsync(directory)
+            OPERATING_SYSTEM.fsync(directory)
         except OSError as error:
             raise disk_error(os.path.join(target.path, path), error) from error
         finally:
@@ -275,7 +275,7 @@ def replace_files(target: Target, staged: str, paths: Sequence[str], modes: dict
 def _open_directory(above: int, name: str, mode: int) -> int:
     with contextlib.suppress(FileExistsError):
         os.mkdir(name, mode, dir_fd=above)
-        os.fsync(above)
+        OPERATING_SYSTEM.fsync(above)
     flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.open(name, flags, dir_fd=above)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +18,7 @@ from ckptd.client.staging import Staging
 from ckptd.core.documents import Part
 from ckptd.core.layout import Write
 from ckptd.errors import IntegrityError, NoRoom, Refused
+from ckptd.store.filesystem import OperatingSystem
 
 ONE, TWO = os.urandom(300_000), os.urandom(50_000)
 
@@ -72,6 +74,30 @@ def test_finish_gives_modes_and_links(tmp_path: Path) -> None:
     assert modes == [0o750, 0o511, 0o640, 0o444]
     assert os.readlink(root / "link") == "two"
     assert (root / "d" / "one").read_bytes() == ONE
+
+
+def test_finish_returns_when_every_file_and_every_name_is_on_the_medium(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: dict[int, object] = {}
+    flush = OperatingSystem.fsync
+
+    def noting(self: OperatingSystem, descriptor: int) -> None:
+        flush(self, descriptor)
+        found = os.fstat(descriptor)
+        names = sorted(os.listdir(descriptor)) if stat.S_ISDIR(found.st_mode) else None
+        flushed[found.st_ino] = (names, found.st_mode)
+
+    monkeypatch.setattr(OperatingSystem, "fsync", noting)
+    staging = filled(tmp_path / "s")
+    flushed.clear()
+    staging.finish()
+    staging.close()
+    root = tmp_path / "s"
+    for path in (root / "d" / "one", root / "two", root / "d", root):
+        found = path.stat()
+        names = sorted(os.listdir(path)) if path.is_dir() else None
+        assert flushed.get(found.st_ino) == (names, found.st_mode), path
 
 
 def test_only_what_has_its_hash_is_not_fetched_again(tmp_path: Path) -> None:

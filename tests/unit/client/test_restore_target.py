@@ -19,6 +19,7 @@ from ckptd.client.target import (
     replace_files,
 )
 from ckptd.errors import Refused, TargetExists
+from ckptd.store.filesystem import OperatingSystem
 
 VERSION = "abcdef0123456789" * 4
 
@@ -61,6 +62,28 @@ def test_long_names_that_differ_at_their_end_have_staging_directories_of_their_o
     tmp_path: Path,
 ) -> None:
     assert choose(tmp_path / ("n" * 250 + "a")).staging != choose(tmp_path / ("n" * 250)).staging
+
+
+@pytest.mark.parametrize("there", ["nothing", "empty", "something"])
+def test_the_new_name_is_on_the_medium_when_it_is_in_place(
+    tmp_path: Path, there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if there != "nothing":
+        (tmp_path / "out").mkdir()
+    if there == "something":
+        (tmp_path / "out" / "file").write_text("old")
+    target = choose(tmp_path / "out", force=True)
+    seen: list[tuple[str, str]] = []
+    flush = OperatingSystem.fsync_directory
+
+    def noting(self: OperatingSystem, path: str) -> None:
+        flush(self, path)
+        seen.append((path, (tmp_path / "out" / "file").read_text()))
+
+    monkeypatch.setattr(OperatingSystem, "fsync_directory", noting)
+    put_in_place(target, staged(target))
+    assert seen and seen[-1] == (str(tmp_path), "new")
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_a_link_to_a_directory_means_that_directory(tmp_path: Path) -> None:
