@@ -24,6 +24,7 @@ from ckptd.core.admission import admit
 from ckptd.core.catalogue import Catalogue, VersionHeader
 from ckptd.core.documents import Document, Manifest, UnknownDocument
 from ckptd.core.identity import Identity, load_ca
+from ckptd.core.machines import MachineKey, machine_key
 from ckptd.core.quantities import Address, parse_address
 from ckptd.core.signing import Signer
 from ckptd.errors import (
@@ -59,9 +60,9 @@ class Node:
         return self.control.hello
 
     @property
-    def machine(self) -> str:
-        """What tells machines apart: the kernel's boot id, unless zones differ."""
-        return f"{self.hello.boot_id}/{self.hello.zone}" if self.hello.boot_id else self.id
+    def machine(self) -> MachineKey:
+        """Equal for nodes that die together."""
+        return machine_key(self.id, self.hello.boot_id, self.hello.zone)
 
     @property
     def hop(self) -> messages.Hop:

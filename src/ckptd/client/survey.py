@@ -20,7 +20,7 @@ from msgspec import Struct, structs
 from ckptd.client.cluster import AbsentNode, Cluster, Inventoried
 from ckptd.core.availability import Assessment, Holdings, State, assess, holders_from_bitmaps
 from ckptd.core.catalogue import Catalogue, VersionHeader
-from ckptd.core.machines import MachineKey, machine_key
+from ckptd.core.machines import MachineKey
 
 Select: TypeAlias = Callable[[Catalogue], list[VersionHeader]]
 
@@ -105,10 +105,7 @@ async def survey_versions(
 
 def machines_of(cluster: Cluster) -> dict[str, MachineKey]:
     """By node id, what is equal for nodes that die together."""
-    return {
-        node.id: machine_key(node.id, node.hello.boot_id, node.hello.zone)
-        for node in cluster.nodes.values()
-    }
+    return {node.id: node.machine for node in cluster.nodes.values()}
 
 
 def silent_workers(cluster: Cluster) -> list[str]:
