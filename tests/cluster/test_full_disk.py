@@ -170,14 +170,14 @@ def test_a_disk_that_fills_up_during_a_store_is_an_error_of_that_node_only(
 def test_no_room_that_shows_only_after_the_check(cluster: BreakableCluster, tmp_path: Path) -> None:
     """Bytes are free, inodes are not: the check passes, and then a directory cannot be made."""
     path = make_checkpoint(tmp_path / "ck", "inodes", size=24 * MIB)
-    with small_node(cluster, "size=64m,nr_inodes=40") as small:
+    with small_node(cluster, "size=64m,nr_inodes=32") as small:
         progress = _At(lambda: None)
         stored = cluster.store(path, "inodes", progress=progress)
         assert stored.state == "protected" and stored.copies == 2
         assert small.free_bytes() > 32 * MIB
         with pytest.raises(OSError) as full:
             # What was refused has given its few inodes back.
-            for number in range(10):
+            for number in range(32):
                 (small.store / f"one-more-directory-{number}").mkdir()
         assert full.value.errno == errno.ENOSPC
         assert any("node1 takes no more shards" in note for note in progress.notes)

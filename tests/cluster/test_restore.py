@@ -174,7 +174,9 @@ def test_the_work_is_shared_by_all_holders(
     stored = cluster.store(make_checkpoint(tmp_path / "source", name, size=16 << 20), name)
     holding = {node for nodes in holders(cluster, stored.version).values() for node in nodes}
     result = restored(cluster, name, tmp_path / "out")
-    assert set(result.sources) == holding
+    # Who is slow at that moment gives less, down to nothing: but never one node all of it.
+    assert len(result.sources) >= 2
+    assert set(result.sources) <= holding
     assert sum(result.sources.values()) == stored.bytes
 
 
