@@ -436,6 +436,9 @@ def test_one_of_four_left_is_degraded_and_completed_later(
     done = cluster.command("store", path, "--name", "degraded")
     assert done.code == 3 and done.document["state"] == "degraded"
     assert done.document["copies"] == 1
+    (tmp_path / "empty").mkdir()  # no shards: the manifests alone are its copies
+    empty = cluster.command("store", tmp_path / "empty", "--name", "empty")
+    assert (empty.code, empty.document["state"], empty.document["copies"]) == (3, "degraded", 1)
     cluster.up()
     again = cluster.command("store", path, "--name", "degraded")
     assert again.code == 0 and again.document["state"] == "protected"
