@@ -18,7 +18,7 @@ from ckptd.core import documents
 from ckptd.core.catalogue import Catalogue
 from ckptd.errors import NotAuthorized, NotEnoughNodes, NotFound
 from ckptd.net.loop import run as run_on_loop
-from ckptd.wire.messages import PutDocumentResult
+from ckptd.wire.messages import PutDocumentResult, PutDocuments, PutDocumentsReply
 
 T = TypeVar("T")
 NewName = Callable[[], str]
@@ -127,6 +127,29 @@ def test_who_may_not_write_a_document_is_told_before_anything_is_sent(
         return not (await connected.catalogue()).pins(stored.version)
 
     assert on(settings, unpinned)
+
+
+def test_a_node_that_confirms_another_document_does_not_count(
+    cluster: BreakableCluster, new_name: NewName, tmp_path: Path
+) -> None:
+    name = new_name()
+    stored = cluster.store(make_checkpoint(tmp_path / "a", name, size=4096), name)
+
+    async def work(connected: Cluster) -> None:
+        liar = connected.workers[0]
+        request = liar.control.request
+
+        async def lie(message: PutDocuments, answer: object, **named: bytes) -> object:
+            reply, payload = await request(message, PutDocumentsReply, **named)  # type: ignore[arg-type]
+            return structs.replace(reply, results=(PutDocumentResult(bytes(32)),)), payload
+
+        manifest = await connected.manifest(stored.version)
+        liar.control.request = lie  # type: ignore[assignment,method-assign]
+        raw = documents.encode(structs.replace(manifest, nonce="1" * 32))
+        assert liar.id not in stored_on(await publish(connected, raw))
+        assert liar.id in connected.absent
+
+    on(cluster, work)
 
 
 def test_nobody_who_takes_a_document_is_an_error_with_reasons() -> None:

@@ -9,6 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -21,11 +22,14 @@ from tests.cluster.kill_fixtures import (
     write_safetensors,
 )
 
-from ckptd.client.cluster import connect
+from ckptd.client import store as store_module
+from ckptd.client.cluster import Cluster, connect
+from ckptd.client.documents import publish
 from ckptd.client.progress import Progress
 from ckptd.client.store import StoreResult
 from ckptd.client.store import store as store_checkpoint
 from ckptd.config import load
+from ckptd.core.documents import Manifest
 from ckptd.errors import NoRoom, SourceChanged
 from ckptd.net.loop import run as run_on_loop
 
@@ -505,7 +509,48 @@ def test_a_killed_client_leaves_what_it_had_sent(cluster: BreakableCluster, tmp_
     assert stored.shards_deduplicated >= len(arrived)
 
 
+def test_nothing_is_published_before_its_shards_are_on_nodes_that_live(
+    cluster: BreakableCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(os.urandom(SHARD_SIZE))
+    make = store_module._Store._manifest
+    alive: list[set[str]] = []
+
+    async def make_and_kill(*arguments: Any) -> tuple[Manifest, bytes]:
+        manifest, raw = await make(*arguments)
+        cluster.kill(*cluster.all_shards()[manifest.shards[0].shard])
+        return manifest, raw
+
+    async def note_and_publish(connected: Cluster, raw: bytes) -> Any:
+        shard, _ = json.loads(raw)["shards"][0]
+        alive.append(cluster.all_shards()[shard] & set(cluster.running()))
+        return await publish(connected, raw)
+
+    monkeypatch.setattr(store_module._Store, "_manifest", make_and_kill)
+    monkeypatch.setattr(store_module, "publish", note_and_publish)
+    assert cluster.store(path, "unpublished").state == "protected"
+    assert all(len(nodes) == 2 for nodes in alive) and alive
+
+
 # -- copies that are not what they seem
+
+
+def test_a_copy_that_rotted_while_its_node_was_off_does_not_count(
+    cluster: BreakableCluster, tmp_path: Path
+) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(os.urandom(SHARD_SIZE))
+    first = cluster.store(path, "off")
+    ((shard, _),) = cluster.manifest("node1", first.version)["shards"]
+    holder = min(cluster.all_shards()[shard])
+    cluster.kill(holder)
+    cluster.shard_file(holder, shard).write_bytes(bytes(SHARD_SIZE))
+    cluster.up()
+    again = cluster.store(path, "off")
+    assert (again.version, again.state) == (first.version, "protected")
+    files = [cluster.shard_file(node, shard) for node in cluster.all_shards()[shard]]
+    assert len(files) >= 2 and all(file.read_bytes() == path.read_bytes() for file in files)
 
 
 def test_a_bad_copy_is_not_passed_on_and_nobody_else_is_blamed(
