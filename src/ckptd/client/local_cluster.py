@@ -84,8 +84,9 @@ class LocalCluster:
         """Makes what is missing, starts what is not running, and waits until all serve.
 
         `settings` are KEY=VALUE, with dotted keys of the config, for every node and the client;
-        they are kept for later calls, and nodes whose config they change are restarted. Raises UsageError, ConfigError, or
-        CkptdError with the last lines of the log of a node that does not start.
+        they are kept for later calls, and nodes whose config they change are restarted. Raises
+        UsageError, ConfigError, or CkptdError with the last lines of the log of a node that does
+        not start.
         """
         if not 1 <= count <= NODES_MAX:
             raise UsageError(f"--nodes takes 1 to {NODES_MAX}, not {count}")
