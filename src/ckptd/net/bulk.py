@@ -7,6 +7,7 @@ cores of a small machine; `docs/decisions/bulk-path.md` has the measurements.
 
 from __future__ import annotations
 
+import random
 import socket
 import ssl
 import threading
@@ -67,7 +68,7 @@ class BulkConnector:
                 return self._use(channel)
             channel.close()
         deadline_s = time.monotonic() + connect_timeout_s(hop)
-        channel = self._connect(node, host, port, deadline_s)
+        channel = self._connect_patiently(node, host, port, deadline_s)
         try:
             channel.set_timeout(_left_s(node, deadline_s))
             hand_shake(channel, self._hello(), hop=hop)
@@ -112,6 +113,20 @@ class BulkConnector:
         with self._lock:
             channels = self._idle.get(key)
             return channels.pop() if channels else None
+
+    def _connect_patiently(self, node: str, host: str, port: int, deadline_s: float) -> BulkChannel:
+        """As `_connect`, a few times when the handshake is cut off: a node sheds connections that
+        have not proved who they are when too many arrive at once, ours among them."""
+        pause_s = limits.HANDSHAKE_RETRY_MIN_S
+        for _ in range(limits.HANDSHAKE_TRIES_MAX - 1):
+            try:
+                return self._connect(node, host, port, deadline_s)
+            except PeerUnreachable as error:
+                if not isinstance(error.__cause__, ConnectionResetError | ssl.SSLEOFError):
+                    raise
+            time.sleep(min(pause_s * random.uniform(0.5, 1.0), _left_s(node, deadline_s)))
+            pause_s *= 2
+        return self._connect(node, host, port, deadline_s)
 
     def _connect(self, node: str, host: str, port: int, deadline_s: float) -> BulkChannel:
         connect_s = min(limits.CONNECT_TIMEOUT_S, _left_s(node, deadline_s))

@@ -1,0 +1,89 @@
+"""A node that has too many strangers cuts handshakes off: a bulk connection then comes again."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from ckptd.client import pki as authority
+from ckptd.core import limits
+from ckptd.core.identity import Role
+from ckptd.errors import PeerUnreachable
+from ckptd.net.bulk import BulkConnector
+from ckptd.net.bulk_channel import BulkChannel
+from ckptd.net.tls import client_context, server_context
+from ckptd.wire import messages
+
+
+def hello() -> messages.Hello:
+    return messages.Hello("home", "pi1", ("worker",), "0", 0, 0)
+
+
+@pytest.fixture(scope="module")
+def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("shedding") / "pki"
+    authority.init_cluster(directory, "home")
+    authority.issue(directory, [Role.WORKER], "pi1")
+    return directory
+
+
+@contextmanager
+def node_that_sheds(pki: Path, count: int) -> Iterator[tuple[int, list[int]]]:
+    """A node that resets the first `count` connections; its port, and what it has reset."""
+    context = server_context(pki / "ca.pem", pki / "pi1.pem", pki / "pi1.key")
+    reset: list[int] = []
+
+    def serve(listener: socket.socket) -> None:
+        while len(reset) < count:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            sock.recv(1)  # it has begun to speak
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            sock.close()
+            reset.append(1)
+        try:
+            sock, _ = listener.accept()
+        except OSError:
+            return
+        channel = BulkChannel(context.wrap_socket(sock, server_side=True), "client", timeout_s=5)
+        channel.receive()
+        channel.send(hello())
+        channel.wait_for_frame(5)
+        channel.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        yield listener.getsockname()[1], reset
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def connector(pki: Path) -> BulkConnector:
+    context = client_context(pki / "ca.pem", pki / "client.pem", pki / "client.key")
+    return BulkConnector(context, "home", hello)
+
+
+def test_a_connection_that_is_shed_comes_again(pki: Path) -> None:
+    with node_that_sheds(pki, 2) as (port, reset):
+        connecting = connector(pki)
+        channel = connecting.acquire("pi1", "127.0.0.1", port)
+        assert len(reset) == 2
+        connecting.release("pi1", "127.0.0.1", port, channel)
+        connecting.close()
+
+
+def test_it_does_not_come_for_ever(pki: Path) -> None:
+    with node_that_sheds(pki, 100) as (port, reset):
+        with pytest.raises(PeerUnreachable, match="no TLS"):
+            connector(pki).acquire("pi1", "127.0.0.1", port)
+        assert len(reset) == limits.HANDSHAKE_TRIES_MAX
