@@ -126,6 +126,7 @@ def _likeness(line: str) -> str:
         return line
     line = re.sub(r"/home/me/\.local/share/ckptd/local/(node\d)/store(?= )", r"\1", line)
     line = re.sub(r"\b[0-9A-Z]{4}(-[0-9A-Z]{4}){7}\b", "CODE", line)
+    line = re.sub(r"-?\b\d+\.\d+(e[+-]\d+)?", "0", line)  # its digits are no id
     line = re.sub(r"\b(?=[0-9a-f]*\d)[0-9a-f]{8,}(\b|…)", "ID", line)
     line = re.sub(r"\bnode\d", "NODE", line)
     line = re.sub(r"\bsuspect\b", "down", line)  # how long it was silent when it was asked
