@@ -232,6 +232,23 @@ def test_a_frame_in_single_bytes_must_end_within_the_deadline(pki: Path) -> None
         stop.set()
 
 
+def test_a_frame_that_begins_late_gets_no_more_time(pki: Path) -> None:
+    stop = threading.Event()
+
+    def script(channel: BulkChannel) -> None:
+        assert not stop.wait(0.6)
+        channel.send_payload(memoryview(frames.MAGIC))
+        stop.wait(10)
+
+    with channel_to(pki, script) as channel:
+        channel.set_timeout(1.0)
+        started_s = time.monotonic()
+        with pytest.raises(PeerStalled):
+            channel.receive()
+        assert time.monotonic() - started_s < 1.4
+        stop.set()
+
+
 def test_a_payload_in_single_bytes_is_too_slow(pki: Path) -> None:
     stop = threading.Event()
 

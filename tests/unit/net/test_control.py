@@ -224,6 +224,14 @@ def test_one_peer_cannot_have_all_connections(
         peer.close()
 
 
+def test_all_connections_together_are_capped(
+    node: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "CONTROL_CONNECTIONS_MAX", 2)
+    with greeted(node, "mallory"), greeted(node, "client"), node.connect("admin") as third:
+        assert isinstance(third.greet(), messages.Error)
+
+
 def test_what_many_connections_announce_is_bounded_and_others_are_served(
     node: RunningNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:

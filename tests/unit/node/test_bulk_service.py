@@ -329,6 +329,19 @@ def test_working_connections_do_not_make_room(
     wait_at_rest(node)
 
 
+def test_all_connections_together_are_capped(
+    node: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "BULK_CONNECTIONS_MAX", 1)
+    digest, data = shard()
+    with greeted(node) as working:
+        working.send(messages.PutShard(digest, len(data)))
+        assert isinstance(working.receive()[1], messages.Ready)
+        with node.connect("mallory", "bulk") as other:
+            assert other.is_closed()
+    wait_at_rest(node)
+
+
 # Chains
 
 
