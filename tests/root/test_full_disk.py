@@ -82,7 +82,8 @@ def test_somebody_else_fills_the_disk_while_checkpoints_are_stored(
     place: Path, keep: Keep, make_cluster: MakeCluster
 ) -> None:
     """Two of three nodes suffice; what the third had taken stays whole, what it could not is not
-    claimed."""
+    claimed. Whether a shard met the full disk is chance here; tests/cluster/test_full_disk.py
+    makes sure of it."""
     disk = keep(Disk(place / "disk", 96))
     cluster = make_cluster(3, "replication.shard_size=1MiB")
     disk.mount(cluster.store_of("node1"))
@@ -115,7 +116,6 @@ def test_somebody_else_fills_the_disk_while_checkpoints_are_stored(
     stores = [cluster.store_of(f"node{number}") for number in (1, 2, 3)]
     for version in versions:
         assert_protected(version, stores)
-    assert "shard_not_stored" in cluster.log("node1"), "the disk was never full in time"
     assert cluster.healthz("node1")[0] == 200
     assert list((stores[0] / "incoming").iterdir()) == []
     assert cluster.send("node1", os.urandom(MIB))[1].state == "durable"
