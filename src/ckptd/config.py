@@ -89,7 +89,7 @@ class TlsConfig(msgspec.Struct, frozen=True):
 
 
 class DiscoveryConfig(msgspec.Struct, frozen=True):
-    mdns: bool = False
+    mdns: bool = True
     peers: tuple[Address, ...] = ()
     interfaces: tuple[str, ...] = ()
 
@@ -254,8 +254,6 @@ def inactive_keys(config: Config) -> list[str]:
             for index, role in enumerate(config.node.roles)
             if role == "coordinator"
         ]
-    if config.discovery.interfaces:
-        inactive.append("discovery.interfaces")
     inactive += [f"watch[{index}]" for index in range(len(config.watch))]
     inactive += [f"retention[{index}]" for index in range(len(config.retention))]
     return [*inactive, "repair.rate", "gc.grace", "scrub.rate"]
@@ -366,12 +364,10 @@ def _tls(section: Section) -> TlsConfig:
 
 def _discovery(section: Section) -> DiscoveryConfig:
     discovery = DiscoveryConfig(
-        mdns=section.flag("mdns", False),
+        mdns=section.flag("mdns", True),
         peers=section.addresses("peers"),
         interfaces=section.texts("interfaces"),
     )
-    if discovery.mdns:
-        section.fault("mdns", "not in this version: list peers")
     section.close()
     return discovery
 

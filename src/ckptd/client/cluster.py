@@ -1,7 +1,7 @@
 """A client's view of the cluster: which nodes answer, what they know, who is missing.
 
-A client keeps no state: everything is asked anew, from as many nodes as answer. Nodes are found
-from the config's peers and from what each of them remembers of the others.
+A client keeps no state: everything is asked anew, from as many nodes as answer. `search` tells
+how they are found.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
@@ -18,14 +18,16 @@ import structlog
 from cryptography import x509
 
 from ckptd import __version__
+from ckptd.client.nodes import AbsentNode as AbsentNode
+from ckptd.client.nodes import Node as Node
+from ckptd.client.search import Search
 from ckptd.config import Config
 from ckptd.core import bitmaps, limits
 from ckptd.core.admission import admit
 from ckptd.core.catalogue import Catalogue, VersionHeader
 from ckptd.core.documents import Document, Manifest, UnknownDocument
 from ckptd.core.identity import Identity, load_ca
-from ckptd.core.machines import MachineKey, machine_key
-from ckptd.core.quantities import Address, parse_address
+from ckptd.core.quantities import Address
 from ckptd.core.signing import Signer
 from ckptd.errors import (
     CkptdError,
@@ -33,41 +35,15 @@ from ckptd.errors import (
     NotAuthorized,
     NotEnoughNodes,
     NotFound,
-    PeerError,
     ProtocolError,
 )
 from ckptd.net.bulk import BulkConnector
-from ckptd.net.control import ControlClient, connect_control
+from ckptd.net.control import connect_control
 from ckptd.net.tls import check_peer, client_context
 from ckptd.wire import messages
 
 _log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
-
-
-@dataclass
-class Node:
-    """One node that answers."""
-
-    id: str
-    control: ControlClient
-    host: str
-    bulk_port: int
-    status: messages.NodeStatus
-
-    @property
-    def hello(self) -> messages.Hello:
-        return self.control.hello
-
-    @property
-    def machine(self) -> MachineKey:
-        """Equal for nodes that die together."""
-        return machine_key(self.id, self.hello.boot_id, self.hello.zone)
-
-    @property
-    def hop(self) -> messages.Hop:
-        """Where its bulk port is."""
-        return messages.Hop(self.id, self.host, self.bulk_port)
 
 
 class Admitted(NamedTuple):
@@ -87,18 +63,6 @@ class Inventoried(NamedTuple):
 
 
 @dataclass
-class AbsentNode:
-    """A node that is remembered (or configured) and does not answer. `id` is "" while unknown."""
-
-    id: str
-    address: str
-    reason: str
-    last_seen_s: float | None = None
-    roles: tuple[str, ...] = ()
-    zone: str = ""
-
-
-@dataclass
 class Cluster:
     """Connections to all nodes that answer. Made by `connect`."""
 
@@ -109,6 +73,8 @@ class Cluster:
     nodes: dict[str, Node]
     absent: dict[str, AbsentNode]
     ca: x509.Certificate = field(repr=False)
+    search: Search | None = field(default=None, repr=False)
+    """How more nodes are found; None where they are given."""
 
     @property
     def cluster(self) -> str:
@@ -138,9 +104,13 @@ class Cluster:
                 f"{absent.id or absent.address}: {absent.reason}" for absent in self.absent.values()
             )
             raise NotEnoughNodes(
-                f"no node of cluster {self.cluster} answers ({details or 'no peers are known'})",
+                f"no node of cluster {self.cluster} answers ({details or self._nobody})",
                 next="ckptd doctor",
             )
+
+    @property
+    def _nobody(self) -> str:
+        return self.search.outcome if self.search is not None else "no peers are known"
 
     async def ask_all(
         self, question: Callable[[Node], Awaitable[_T]], nodes: Iterable[Node] | None = None
@@ -176,6 +146,15 @@ class Cluster:
 
         for node_id, status in (await self.ask_all(ask, list(self.nodes.values()))).items():
             self.nodes[node_id].status = status
+
+    async def find_again(self, nodes: Collection[str]) -> set[str]:
+        """Looks for those of `nodes` that are absent: they may be back, even at another address.
+        Returns the ids of those that were found."""
+        lost = [self.absent[node].address for node in nodes if node in self.absent]
+        if self.search is None or not lost:
+            return set()
+        await self.search.run(lost)
+        return {node for node in nodes if node in self.nodes}
 
     # -- documents
 
@@ -430,19 +409,14 @@ async def _connect(config: Config) -> Cluster:
             address=host,
         )
 
-    cluster = Cluster(
-        config=config,
-        identity=identity,
-        signer=signer,
-        bulk=BulkConnector(context, config.cluster, hello),
-        nodes={},
-        absent={},
-        ca=load_ca(tls.ca.read_bytes()),
-    )
-
-    async def reach(address: Address) -> Node:
+    async def reach(address: Address, expected: str) -> Node:
         control = await connect_control(
-            address.host, address.port, context=context, cluster=config.cluster, hello=hello()
+            address.host,
+            address.port,
+            context=context,
+            cluster=config.cluster,
+            hello=hello(),
+            expected_node_id=expected or None,
         )
         try:
             status, _ = await control.request(messages.GetStatus(), messages.NodeStatus)
@@ -451,60 +425,23 @@ async def _connect(config: Config) -> Cluster:
             raise
         return Node(control.node_id, control, address.host, control.hello.bulk_port, status)
 
+    nodes: dict[str, Node] = {}
+    absent: dict[str, AbsentNode] = {}
+    search = Search(config.cluster, config.discovery, nodes, absent, reach)
+    cluster = Cluster(
+        config=config,
+        identity=identity,
+        signer=signer,
+        bulk=BulkConnector(context, config.cluster, hello),
+        nodes=nodes,
+        absent=absent,
+        ca=load_ca(tls.ca.read_bytes()),
+        search=search,
+    )
     own = [config.node.listen] if config.node and config.node.listen.host != "0.0.0.0" else []
-    await _reach_all(cluster, [*config.discovery.peers, *own], reach)
+    try:
+        await search.run([str(address) for address in [*config.discovery.peers, *own]])
+    except BaseException:
+        await cluster.close()
+        raise
     return cluster
-
-
-async def _reach_all(
-    cluster: Cluster, first: list[Address], reach: Callable[[Address], Awaitable[Node]]
-) -> None:
-    """Reaches the configured peers, then those that they remember, until nobody new turns up."""
-    tried: set[str] = set()
-    pending = {str(address): ("", address) for address in first}
-    remembered: dict[str, messages.PeerView] = {}
-    failures: dict[str, str] = {}
-    while pending:
-        batch, pending = pending, {}
-        tried.update(batch)
-        results = await asyncio.gather(
-            *(reach(address) for _, address in batch.values()), return_exceptions=True
-        )
-        for address_text, result in zip(batch, results, strict=True):
-            if isinstance(result, CkptdError):
-                failures[address_text] = _reason(result)
-            elif isinstance(result, BaseException):
-                raise result
-            elif result.id in cluster.nodes:
-                await result.control.close()
-            else:
-                cluster.nodes[result.id] = result
-                for view in result.status.peers:
-                    best = remembered.get(view.node)
-                    if best is None or _fresher(view, best):
-                        remembered[view.node] = view
-        for view in remembered.values():
-            if view.address and view.address not in tried and view.node not in cluster.nodes:
-                with contextlib.suppress(ValueError):
-                    pending[view.address] = (view.node, parse_address(view.address))
-    for node_id, view in remembered.items():
-        if node_id not in cluster.nodes:
-            reason = failures.pop(view.address, "does not answer")
-            seen = None if view.last_seen_s < 0 else view.last_seen_s
-            cluster.absent[node_id] = AbsentNode(
-                node_id, view.address, reason, seen, view.roles, view.zone
-            )
-    known = {absent.address for absent in cluster.absent.values()}
-    for address_text, reason in failures.items():
-        if address_text not in known:
-            cluster.absent[address_text] = AbsentNode("", address_text, reason)
-
-
-def _reason(error: CkptdError) -> str:
-    return error.reason if isinstance(error, PeerError) else error.message
-
-
-def _fresher(view: messages.PeerView, other: messages.PeerView) -> bool:
-    if view.last_seen_s < 0:
-        return False
-    return other.last_seen_s < 0 or view.last_seen_s < other.last_seen_s

@@ -22,7 +22,9 @@ from ckptd.core import documents, limits
 from ckptd.core.identity import Identity, load_ca
 from ckptd.core.quantities import Address
 from ckptd.core.signing import Signer
-from ckptd.errors import CkptdError, ConfigError
+from ckptd.discovery.hints import Hints
+from ckptd.discovery.interfaces import choose, read_interfaces
+from ckptd.errors import CkptdError, ConfigError, DocumentRefused
 from ckptd.net.acceptor import Acceptor, Handshake, Unauthenticated, listen, server_handshake
 from ckptd.net.bulk import BulkConnector
 from ckptd.net.control_server import ControlServer
@@ -231,20 +233,24 @@ class Node:
                 "node.bulk_port", f"cannot listen on {host}:{self._node.bulk_port}: {error}"
             ) from error
         self._bulk_port = bulk.getsockname()[1]
-        where = self._reachable_host(host)
-        self._address = str(Address(where, control.getsockname()[1]))
+        self._bound = Address(*control.getsockname()[:2])
+        self._address = str(Address(self._reachable_host(), self._bound.port))
         return control, bulk
 
-    def _reachable_host(self, host: str) -> str:
-        """The address that others reach this node at: of the interface that a packet to the
-        configured peers would leave by, when it listens on all of them."""
-        if host not in _WILDCARDS:
-            return host
+    def _reachable_host(self) -> str:
+        """The address that others reach this node at: when it listens on all interfaces, of the
+        one that a packet to the configured peers would leave by, else of the first fit one."""
+        if self._node.listen.host not in _WILDCARDS:
+            return self._node.listen.host
         for peer in self.config.discovery.peers:
             with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
                 probe.connect((peer.host, peer.port))  # sends nothing: it only picks a route
-                return str(probe.getsockname()[0])
-        return socket.gethostname()
+                host = str(probe.getsockname()[0])
+                if not host.startswith("127.") or peer.host.startswith("127."):
+                    return host  # else the peer is this node itself, by its name
+        wanted = self.config.discovery.interfaces
+        choice = choose(read_interfaces(), wanted, self._bound.host)
+        return choice.advertised[0] if choice.advertised else socket.gethostname()
 
     async def _serve(
         self, control: socket.socket, bulk_listener: socket.socket, ready: Callable[[], object]
@@ -267,6 +273,7 @@ class Node:
             traffic=self.traffic,
             on_suspicion=suspect,
         )
+        hints = Hints(self.config.cluster, self._node.id, self._is_known)
         self._peers = Peers(
             cluster=self.config.cluster,
             node_id=self._node.id,
@@ -277,6 +284,7 @@ class Node:
             hello=self.hello,
             on_disk=requests.on_disk,
             metrics=self.metrics,
+            hints=hints,
         )
         server = self.control = ControlServer(
             cluster=self.config.cluster,
@@ -287,7 +295,10 @@ class Node:
             on_hello=self._peers.on_hello,
         )
         await self._start_http()
-        await requests.on_disk(self._remember_self)
+        try:
+            await requests.on_disk(self._remember_self)
+        except DocumentRefused as error:  # it said so too often: others still hear it from hellos
+            _log.warning("address_not_remembered", reason=error.message)
         waiting = Unauthenticated()
         tasks = [
             self._task(Acceptor(control, waiting, server.handshake).run(), "accept control"),
@@ -296,7 +307,10 @@ class Node:
             ),
             self._task(self._peers.run(), "peers"),
             self._task(self._watch_medium(), "medium"),
+            self._task(self._watch_address(requests), "address"),
         ]
+        if self.config.discovery.mdns:
+            tasks.append(self._task(self._discover(hints), "discovery"))
         _log.info("node_started", node=self._node.id, address=self._address, bulk=self._bulk_port)
         ready()
         try:
@@ -312,6 +326,39 @@ class Node:
             await self._http.close()
             await asyncio.to_thread(requests.close)
             _log.info("node_stopped", node=self._node.id)
+
+    def _is_known(self, node: str) -> bool:
+        return self._peers is not None and self._peers.knows(node)
+
+    async def _discover(self, hints: Hints) -> None:
+        # Takes memory, which a node without mDNS has better use for.
+        from ckptd.discovery.service import Discovery, OwnService
+
+        own = OwnService(
+            self._node.id, __version__, self._node.roles, self._bound.host, self._bound.port
+        )
+        await Discovery(hints, self.config.discovery.interfaces, own).run()
+
+    async def _watch_address(self, requests: Requests) -> None:
+        """Follows the machine when it gets another address. The others hear of it at once; a
+        document, which is kept for ever, comes less often the more often that happens."""
+        pause_s, next_s = limits.ADDRESS_DOCUMENT_PAUSE_MIN_S, 0.0
+        while True:
+            await asyncio.sleep(limits.INTERFACES_CHECK_INTERVAL_S)
+            address = str(Address(await asyncio.to_thread(self._reachable_host), self._bound.port))
+            if address != self._address:
+                _log.info("address_changed", address=address, before=self._address)
+                self._address = address
+            if time.monotonic() < next_s:
+                continue
+            try:
+                written = await requests.on_disk(self._remember_self)
+            except CkptdError as error:  # the peers know the address from hellos all the same
+                _log.warning("address_not_remembered", reason=error.message)
+                written = address
+            if written:
+                next_s = time.monotonic() + pause_s
+                pause_s = min(2 * pause_s, limits.ADDRESS_DOCUMENT_PAUSE_MAX_S)
 
     def _task(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
