@@ -71,9 +71,10 @@ class LocalNode:
 
 
 class LocalCluster:
-    """The embedded cluster in one directory."""
+    """The embedded cluster in one directory. `cluster` is its name when it is made."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, cluster: str = CLUSTER) -> None:
+        self.cluster = cluster
         self.directory = directory.expanduser().absolute()
 
     @property
@@ -157,7 +158,7 @@ class LocalCluster:
         pki_directory = self.directory / "pki"
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not (pki_directory / "ca.pem").exists():
-            code = pki.init_cluster(pki_directory, CLUSTER)
+            code = pki.init_cluster(pki_directory, self.cluster)
             # An embedded cluster protects nothing from its own user: the code may lie beside it.
             (self.directory / "recovery-code").write_text(code + "\n", encoding="ascii")
         ids = [f"node{number}" for number in range(1, count + 1)]
@@ -167,7 +168,7 @@ class LocalCluster:
                 pki.issue(pki_directory, [Role.WORKER], node_id)
             self._write_node(node_id, peers, overrides)
         client = {
-            "cluster": CLUSTER,
+            "cluster": self.cluster,
             "tls": _tls(pki_directory, "client"),
             "discovery": {"mdns": False, "peers": [ports["listen"] for ports in peers.values()]},
         }
@@ -204,7 +205,7 @@ class LocalCluster:
         directory.mkdir(exist_ok=True, mode=0o700)
         own = peers[node_id]
         node = {
-            "cluster": CLUSTER,
+            "cluster": self.cluster,
             # Zones of their own: one machine plays several here, and copies must be apart.
             "node": {
                 "id": node_id,
