@@ -544,7 +544,8 @@ def test_one_bad_copy_is_never_served(
             file.write_bytes(content)
     else:
         for file in files:
-            damage(file, how)
+            if file.stat().st_size:  # else a test before has emptied it: it is bad already
+                damage(file, how)
     bad = {file.name for file in files if sha256(file.read_bytes()).hexdigest() != file.name}
     assert bad
     result = restored(breakable, name, tmp_path / "out")

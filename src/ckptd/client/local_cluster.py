@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import shutil
 import signal
 import socket
@@ -39,6 +40,8 @@ LOCAL_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "membership": {"heartbeat": "500ms", "suspect": "2s", "down": "5s"},
 }
 NODES_MAX: Final = 16
+_PORTS: Final = range(20_000, 32_000)
+_PORT_TRIES_MAX: Final = 1000
 _START_TIMEOUT_S: Final = 30.0
 _STOP_TIMEOUT_S: Final = 15.0
 
@@ -319,10 +322,17 @@ def _tls(directory: Path, name: str) -> dict[str, str]:
 
 
 def _free_port(held: contextlib.ExitStack) -> int:
-    """A port that is free now; held until all are chosen, so that none is chosen twice."""
-    probe = held.enter_context(socket.socket())
-    probe.bind(("127.0.0.1", 0))
-    return int(probe.getsockname()[1])
+    """A port that is free now; held until all are chosen, so that none is chosen twice.
+
+    Below the range that systems give to outgoing connections: one of these would take it before
+    the daemon does, or while the daemon is down.
+    """
+    for _ in range(_PORT_TRIES_MAX):
+        probe = held.enter_context(socket.socket())
+        with contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", random.choice(_PORTS)))
+            return int(probe.getsockname()[1])
+    raise CkptdError("no free port on 127.0.0.1", next="ss -ltn")
 
 
 def _config_is_current(node: LocalNode) -> bool:
