@@ -44,6 +44,7 @@ ROLES: Final[tuple[Role, ...]] = ("worker", "coordinator")
 LOG_LEVELS: Final[tuple[LogLevel, ...]] = ("debug", "info", "warning", "error")
 BEST_MODES: Final[tuple[BestMode, ...]] = ("min", "max")
 SYSTEM_CONFIG: Final = Path("/etc/ckptd/ckptd.yml")
+_STATE_BELOW_HOME: Final = (".local", "state", "ckptd")
 _PRIVATE_MACOS_DIRECTORIES: Final = ("Desktop", "Documents", "Downloads")
 
 
@@ -56,6 +57,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     bulk_port: int
     """Port of the bulk connections; 0 means any free one, told to peers in the hello."""
     zone: str = ""
+    state: Path | None = None
+    """Where a coordinator remembers what spares it work. Its loss costs nothing but time."""
 
 
 class Reserve(msgspec.Struct, frozen=True):
@@ -164,6 +167,16 @@ class Config(msgspec.Struct, frozen=True):
     scrub: ScrubConfig = ScrubConfig()
     observe: ObserveConfig = ObserveConfig()
 
+    @property
+    def is_worker(self) -> bool:
+        """Whether this machine is a node that keeps shards."""
+        return self.node is not None and "worker" in self.node.roles
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this machine is a node that watches directories and stores."""
+        return self.node is not None and "coordinator" in self.node.roles
+
 
 def check(
     text: str, *, home: Path | None = None, platform: str = sys.platform
@@ -248,15 +261,12 @@ def find_config(
 def inactive_keys(config: Config) -> list[str]:
     """Keys that are checked but that this version does not act on, for `config check` to say so."""
     inactive = []
-    if config.node is not None:
-        inactive += [
-            f"node.roles[{index}]"
-            for index, role in enumerate(config.node.roles)
-            if role == "coordinator"
-        ]
+    if config.store is not None and config.node is not None and not config.is_worker:
+        inactive.append("store")
     if config.discovery.interfaces:
         inactive.append("discovery.interfaces")
-    inactive += [f"watch[{index}]" for index in range(len(config.watch))]
+    if config.node is not None and not config.is_coordinator:
+        inactive += [f"watch[{index}]" for index in range(len(config.watch))]
     inactive += [f"retention[{index}]" for index in range(len(config.retention))]
     return [*inactive, "repair.rate", "gc.grace", "scrub.rate"]
 
@@ -320,17 +330,29 @@ def _node(section: Section) -> NodeConfig:
     if listen.port == 65535 and not section.has("bulk_port"):
         section.fault("listen", "no port is left above 65535 for bulk: set node.bulk_port")
     after_listen = min(listen.port + 1, 65535) if listen.port else 0
+    node_id = section.identifier("id")
+    roles = section.choices("roles", ROLES)
     node = NodeConfig(
-        id=section.identifier("id"),
-        roles=section.choices("roles", ROLES),
+        id=node_id,
+        roles=roles,
         listen=listen,
         bulk_port=section.whole("bulk_port", after_listen, 0, 65535),
         zone=section.identifier("zone", ""),
+        state=_state(section, node_id, roles),
     )
     if section.has("bulk_port") and node.bulk_port and node.bulk_port == listen.port:
         section.fault("bulk_port", "must differ from the port of node.listen")
     section.close()
     return node
+
+
+def _state(section: Section, node_id: str, roles: tuple[Role, ...]) -> Path | None:
+    path = section.absolute_path("state") if section.has("state") else None
+    if "coordinator" not in roles:
+        if path is not None:
+            section.fault("state", "only a coordinator has one")
+        return None
+    return path or Path(section.home, *_STATE_BELOW_HOME, node_id)
 
 
 def _store(section: Section) -> StoreConfig:

@@ -312,7 +312,35 @@ def test_keys_without_effect_in_this_version_are_listed() -> None:
         "gc.grace",
         "scrub.rate",
     ]
-    assert inactive_keys(read(node()))[0] == "node.roles[0]"
+    coordinator = client_with(
+        node={"id": "desk", "roles": ["coordinator"]},
+        store={"path": "/srv/ckptd"},
+        watch=[{"root": "/runs"}],
+    )
+    assert inactive_keys(read(coordinator)) == ["store", "repair.rate", "gc.grace", "scrub.rate"]
+
+
+def test_a_coordinator_needs_no_store_and_has_a_place_for_its_state() -> None:
+    config = read(node())
+    assert config.node is not None and config.store is None
+    assert config.is_coordinator and not config.is_worker
+    assert config.node.state == HOME / ".local/state/ckptd/pi1"
+    chosen = read(node(state="~/here")).node
+    assert chosen is not None and chosen.state == HOME / "here"
+    assert faults(node(state="here")) == {"node.state": "'here' is not an absolute path"}
+
+
+def test_a_worker_needs_a_store_and_has_no_state() -> None:
+    store = {"path": "/srv/ckptd"}
+    worker = {"id": "pi1", "roles": ["worker"]}
+    config = read(client_with(node=worker, store=store))
+    assert config.is_worker and not config.is_coordinator
+    assert config.node is not None and config.node.state is None
+    found = faults(client_with(node={**worker, "state": "/var/lib/ckptd"}, store=store))
+    assert found == {"node.state": "only a coordinator has one"}
+    assert list(faults(client_with(node={**worker, "roles": ["worker", "coordinator"]}))) == [
+        "store"
+    ]
 
 
 def test_text_that_is_not_yaml_or_no_map_is_refused() -> None:
