@@ -163,3 +163,12 @@ SHARDS_PER_VERIFY: Final = 64  # in one question
 # Questions of a client
 MANIFEST_ENTRIES_AT_ONCE: Final = 10_000  # shards and files of the manifests in memory together
 CLAIMS_CHECKED_AT_ONCE: Final = 8  # manifests with an order ahead of the clock
+
+# A coordinator
+UNSTORED_PER_MESSAGE_MAX: Final = 500  # checkpoints that wait, in one answer
+RECONNECT_NODES_S: Final = 5.0  # between two tries to reach nodes that did not answer
+STORE_RETRY_MAX_S: Final = 60.0  # between two tries to store the same checkpoint
+SURVEY_INTERVAL_MIN_S: Final = 15.0  # between two looks at the state of all versions
+SURVEY_SHARE_MAX: Final = 0.02  # of the time that these looks may take
+CONTENT_MEMORY_ENTRIES_MAX: Final = 20_000  # checkpoints whose content id is remembered
+CONTENT_MEMORY_MAX_BYTES: Final = 8 * MIB

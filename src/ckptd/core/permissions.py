@@ -6,6 +6,7 @@ The reasons behind the rows:
   node that holds the copy. It must not delete or forge either, so a worker signs nothing but its
   own membership.
 - Deciding and reading are apart: an admin needs no checkpoint bytes, a monitor only numbers.
+- What a coordinator sees on its own disk is for people and other coordinators, not for workers.
 - Whatever is not listed is forbidden.
 """
 
@@ -36,6 +37,7 @@ class Action(StrEnum):
     GET_DOCUMENTS = "get_documents"
     PUT_DOCUMENTS = "put_documents"
     SYNC = "sync"
+    WATCHED = "watched"
     SCRAPE = "scrape"
 
 
@@ -72,9 +74,9 @@ _READ_AND_WRITE: Final = _REPLICATE | _CHECK | {Action.GET_SHARD, Action.PUSH_SH
 PERMITTED_ACTIONS: Final = MappingProxyType(
     {
         Role.WORKER: _CATALOGUE | _REPLICATE,
-        Role.COORDINATOR: _CATALOGUE | _READ_AND_WRITE,
-        Role.CLIENT: _CATALOGUE | _READ_AND_WRITE | {Action.SCRAPE},
-        Role.ADMIN: _CATALOGUE | _CHECK | {Action.SCRAPE},
+        Role.COORDINATOR: _CATALOGUE | _READ_AND_WRITE | {Action.WATCHED},
+        Role.CLIENT: _CATALOGUE | _READ_AND_WRITE | {Action.WATCHED, Action.SCRAPE},
+        Role.ADMIN: _CATALOGUE | _CHECK | {Action.WATCHED, Action.SCRAPE},
         Role.MONITOR: frozenset({Action.SCRAPE}),
     }
 )

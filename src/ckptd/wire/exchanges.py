@@ -35,6 +35,7 @@ REQUESTS: Final[dict[type[Message], frozenset[type[Message]]]] = {
     messages.Sync: frozenset({messages.SyncReply}),
     messages.Verify: frozenset({messages.VerifyReply}),
     messages.ReportCorrupt: frozenset({messages.VerifyReply}),
+    messages.GetWatched: frozenset({messages.Watched}),
     messages.PushShard: frozenset({messages.PutResult}),
     messages.PutShard: frozenset({messages.Ready, messages.PutResult}),
     messages.GetShard: frozenset({messages.ShardData}),

@@ -267,6 +267,32 @@ class ReportCorrupt(Message, frozen=True):
     shard: Digest
 
 
+class GetWatched(Message, frozen=True):
+    """What does this coordinator see that is not stored yet?"""
+
+
+class Unstored(Message, frozen=True):
+    """A checkpoint that a coordinator sees and has not stored as it is now. `state`: pending or
+    storing; `reason`: in words why it waits; `name` is empty for what cannot have one."""
+
+    name: Text
+    path: LongText
+    state: Text
+    reason: LongText
+    since: Text
+    size: Size = 0
+    step: Size | None = None
+
+
+class Watched(Message, frozen=True):
+    """`unstored` holds the first few of `count`. `scanned`: whether every root was looked through
+    since the node started, so that what is not listed is stored."""
+
+    unstored: Annotated[tuple[Unstored, ...], Meta(max_length=limits.UNSTORED_PER_MESSAGE_MAX)]
+    count: Size
+    scanned: bool
+
+
 class Hop(Message, frozen=True):
     """A next node of a chain, where its bulk port is."""
 
@@ -360,6 +386,8 @@ TYPES: Final[dict[int, type[Message]]] = {
     19: Verify,
     20: VerifyReply,
     21: ReportCorrupt,
+    22: GetWatched,
+    23: Watched,
     32: PutShard,
     33: Ready,
     34: Progress,

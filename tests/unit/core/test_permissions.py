@@ -25,6 +25,7 @@ ACTIONS = {
     Action.GET_DOCUMENTS: "y y y y -",
     Action.PUT_DOCUMENTS: "y y y y -",
     Action.SYNC: "y y y y -",
+    Action.WATCHED: "- y y y -",
     Action.SCRAPE: "- - y y y",
 }
 

@@ -119,6 +119,25 @@ SAMPLES: dict[str, tuple[Message, bytes]] = {
     "verify": (messages.Verify((SHARD, OTHER)), b""),
     "verify_reply": (messages.VerifyReply(("ok", "corrupt")), b""),
     "report_corrupt": (messages.ReportCorrupt(SHARD), b""),
+    "get_watched": (messages.GetWatched(), b""),
+    "watched": (
+        messages.Watched(
+            (
+                messages.Unstored(
+                    "minilm/step-1",
+                    "/home/me/checkpoints/minilm/step-1",
+                    "pending",
+                    "model-00002-of-00003.safetensors has 1.2 of 2.4 GB",
+                    "2026-01-02T03:04:05Z",
+                    1_200_000_000,
+                    1,
+                ),
+            ),
+            1,
+            True,
+        ),
+        b"",
+    ),
     "put_shard": (messages.PutShard(SHARD, 33_554_432, CHAIN), b""),
     "ready": (messages.Ready(True, (CopyReport("pi3", "busy"),)), b""),
     "progress": (messages.Progress((CopyReport("pi1", "receiving", 262_144),)), b""),

@@ -115,7 +115,7 @@ def test_mutated_bodies_are_a_message_or_a_protocol_error(
     ("number", "words"),
     [
         (0, "type 0, which is unknown: upgrade this node"),
-        (22, "type 22, which is unknown"),
+        (31, "type 31, which is unknown"),
         (65535, "type 65535, which is unknown"),
         (64, "type 64, which is reserved for a later version"),
         (95, "type 95, which is reserved for a later version"),
