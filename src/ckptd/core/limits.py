@@ -172,3 +172,4 @@ SURVEY_INTERVAL_MIN_S: Final = 15.0  # between two looks at the state of all ver
 SURVEY_SHARE_MAX: Final = 0.02  # of the time that these looks may take
 CONTENT_MEMORY_ENTRIES_MAX: Final = 20_000  # checkpoints whose content id is remembered
 CONTENT_MEMORY_MAX_BYTES: Final = 8 * MIB
+REMEMBER_SELF_INTERVAL_S: Final = 10.0  # between two looks whether others know this node right

@@ -1,15 +1,16 @@
-"""The daemon: puts the parts of a node together, runs them, and stops them in order."""
+"""The daemon: puts the parts of a node together, runs them, and stops them in order.
+
+What every node has is here: identity, catalogue, peers, control connections, HTTP. A worker's part
+is `ckptd.node.worker`; other roles come as a `Part` from further out.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import socket
 import time
-import uuid
-from collections.abc import Awaitable, Callable, Coroutine
-from datetime import UTC, datetime
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 
 import structlog
@@ -19,53 +20,43 @@ from prometheus_client import CollectorRegistry
 from ckptd import __version__
 from ckptd.config import Config, NodeConfig, load
 from ckptd.core import documents, limits
-from ckptd.core.identity import Identity, load_ca
+from ckptd.core.identity import load_ca
 from ckptd.core.quantities import Address
 from ckptd.core.signing import Signer
 from ckptd.errors import CkptdError, ConfigError
-from ckptd.net.acceptor import Acceptor, Handshake, Unauthenticated, listen, server_handshake
+from ckptd.net.acceptor import Acceptor, Unauthenticated
 from ckptd.net.bulk import BulkConnector
 from ckptd.net.control_server import ControlServer
 from ckptd.net.loop import run
 from ckptd.net.tls import check_peer, client_context, server_context
-from ckptd.node.bulk_service import BulkService
 from ckptd.node.heap import keep_heap_small
 from ckptd.node.notify import notify
-from ckptd.node.peers import Peers
+from ckptd.node.part import Part
+from ckptd.node.peers import OnDisk, Peers
+from ckptd.node.presence import boot_id, listening, member_document, open_directory, reachable_host
 from ckptd.node.records import Records
 from ckptd.node.requests import Requests
-from ckptd.node.traffic import Traffic
+from ckptd.node.worker import Worker
 from ckptd.observe import http, logs
 from ckptd.observe.metrics import Metrics
 from ckptd.observe.pages import Health, Target
 from ckptd.store.documents import DocumentFiles
-from ckptd.store.marker import open_store
-from ckptd.store.shards import ShardStore
+from ckptd.store.room import Room
 from ckptd.wire import messages
 
 _log = structlog.get_logger(__name__)
 
-_WILDCARDS = ("0.0.0.0", "::", "")
-
-
-def boot_id() -> str:
-    """An id of this machine's running kernel: nodes that share it share a fate. "" if unknown."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return f"{uuid.getnode():012x}"
-
-
-def now_text() -> str:
-    """The wall clock as documents show it (RFC 3339, UTC)."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+MakePart = Callable[["Node"], Part]
+"""Makes what a role adds to a node. It is called before the loop runs."""
 
 
 class Node:
-    """One running node in the role worker."""
+    """One running node. `parts` make what its roles besides worker need."""
 
-    def __init__(self, config: Config, config_path: Path | None = None) -> None:
-        if config.node is None or config.store is None:
+    def __init__(
+        self, config: Config, config_path: Path | None = None, parts: Sequence[MakePart] = ()
+    ) -> None:
+        if config.node is None:
             raise ConfigError("node", "missing: this config is one of a client, not of a node")
         self.config = config
         self._config_path = config_path
@@ -74,39 +65,40 @@ class Node:
         tls = config.tls
         self._server_context = server_context(tls.ca, tls.cert, tls.key)
         self._client_context = client_context(tls.ca, tls.cert, tls.key)
-        self._ca = load_ca(tls.ca.read_bytes())
+        ca = load_ca(tls.ca.read_bytes())
         self._signer = Signer.from_pem(tls.cert.read_bytes(), tls.key.read_bytes())
         self._check_certificate()
         self.metrics = Metrics(CollectorRegistry(), version=__version__)
         certificate = x509.load_der_x509_certificate(self._signer.certificate_der)
         self.metrics.certificate_expiry(certificate.not_valid_after_utc.timestamp())
-        self.traffic = Traffic(self.metrics)
-        self._directory = open_store(str(config.store.path))
+        self._directory = open_directory(config)
         try:
-            reserve = config.store.reserve
-            self.shards = ShardStore(
-                self._directory, reserve=reserve.size_bytes or reserve.percent / 100
+            self.worker = (
+                Worker(config.store, self._directory, self.metrics)
+                if config.is_worker and config.store is not None
+                else None
             )
-            self.records = Records(
-                DocumentFiles(self._directory), cluster=config.cluster, ca=self._ca
-            )
+            self.records = Records(DocumentFiles(self._directory), cluster=config.cluster, ca=ca)
             self.records.load()
+            self._boot_id = boot_id()
+            self._bulk_port = 0
+            self._address = ""
+            self.failed_part: str | None = None
+            self._stop = asyncio.Event()
+            self._parts = [make(self) for make in parts]
         except BaseException:
             self._directory.close()
             raise
-        self._boot_id = boot_id()
-        self._bulk_port = 0
-        self._address = ""
-        self.failed_part: str | None = None
-        self._stop = asyncio.Event()
 
     def _check_certificate(self) -> None:
         identity = check_peer(self._signer.certificate_der, cluster=self.config.cluster)
-        if identity.node_id != self._node.id or not identity.is_node:
+        roles = {role.value for role in identity.roles}
+        if identity.node_id != self._node.id or not roles.issuperset(self._node.roles):
             raise ConfigError(
                 "tls.cert",
-                f"the certificate is for {identity}, but node.id is {self._node.id}",
-                next=f"ckptd pki issue worker {self._node.id}",
+                f"the certificate is for {identity}, but this is to be "
+                f"{' and '.join(self._node.roles)} {self._node.id}",
+                next=f"ckptd pki issue {','.join(self._node.roles)} {self._node.id}",
             )
 
     # -- what this node says of itself
@@ -132,23 +124,17 @@ class Node:
     def status(self) -> messages.NodeStatus:
         """What this node is and holds, now."""
         catalogue = self.records.catalogue
-        failed = self._directory.medium.failed
-        total = used = free = quarantined = count = 0
-        if failed is None:
-            with contextlib.suppress(CkptdError):  # the medium just failed: the next call says so
-                room = self.shards.room()
-                total, used, free = room.bytes_total, room.bytes_used, max(0, room.bytes_free)
-                quarantined = sum(not file.suffix for file in self.shards.quarantined())
-                count = len(self.shards)
+        room, shards, quarantined = self.worker.room() if self.worker else (Room(0, 0, 0), 0, 0)
+        traffic = self.worker.traffic if self.worker else None
         return messages.NodeStatus(
             node=self._node.id,
             state=self.state(),
-            bytes_total=total,
-            bytes_used=used,
-            bytes_free=free,
-            write_bytes_per_s=self.traffic.write_bytes_per_s,
-            queued_bytes=self.traffic.queued_bytes,
-            shards=count,
+            bytes_total=room.bytes_total,
+            bytes_used=room.bytes_used,
+            bytes_free=max(0, room.bytes_free),
+            write_bytes_per_s=traffic.write_bytes_per_s if traffic else 0.0,
+            queued_bytes=traffic.queued_bytes if traffic else 0,
+            shards=shards,
             quarantined=quarantined,
             documents=len(catalogue),
             unknown_documents=int(catalogue.has_unknown) + len(self.records.unreadable),
@@ -157,27 +143,28 @@ class Node:
             software=__version__,
             clock_ms=int(time.time() * 1000),
             uptime_s=time.monotonic() - self._started_s,
-            failed_reason=failed or "",
-            peers=tuple(self._peers.views()) if self._peers else (),
+            failed_reason=self._directory.medium.failed or "",
+            peers=tuple(self.peers.views()) if self.peers else (),
         )
 
-    _peers: Peers | None = None
-    bulk: BulkService
+    peers: Peers | None = None
     control: ControlServer
 
     def _health(self) -> Health:
         failed = self._directory.medium.failed
-        return Health({role: [failed] if failed else [] for role in self._node.roles})
+        faults: dict[str, list[str]] = {}
+        for role in self._node.roles:
+            faults[role] = [failed] if failed else []
+        for part in self._parts:
+            faults[part.role] += part.faults()
+        return Health(faults)
 
     def _metrics_text(self) -> bytes:
-        status = self.status()
-        self.metrics.sample_store(
-            used_bytes=status.bytes_used,
-            capacity_bytes=status.bytes_total,
-            free_bytes=status.bytes_free,
-            read_only=status.state == "failed",
-        )
-        self.metrics.node_up(self._node.id, status.state == "up")
+        if self.worker is not None:
+            self.worker.sample()
+        for part in self._parts:
+            part.sample()
+        self.metrics.node_up(self._node.id, self.state() == "up")
         return self.metrics.text()
 
     def _targets(self) -> list[Target]:
@@ -207,67 +194,41 @@ class Node:
 
     async def run(self, ready: Callable[[], object] = lambda: None) -> None:
         """Serves until `request_stop`. `ready` is called once connections are accepted."""
-        control = bulk_listener = None
+        listeners: list[socket.socket] = []
         try:
-            control, bulk_listener = self._listen()
-            await self._serve(control, bulk_listener, ready)
+            listeners = self._listen()
+            await self._serve(listeners, ready)
         finally:
-            for listener in (control, bulk_listener):
-                if listener is not None:
-                    listener.close()
+            for listener in listeners:
+                listener.close()
             self._directory.close()
 
-    def _listen(self) -> tuple[socket.socket, socket.socket]:
+    def _listen(self) -> list[socket.socket]:
+        """The listening sockets: for control connections, and a worker's for bulk ones."""
         host, port = self._node.listen
-        try:
-            control = listen(host, port)
-        except OSError as error:
-            raise ConfigError("node.listen", f"cannot listen on {host}:{port}: {error}") from error
-        try:
-            bulk = listen(host, self._node.bulk_port)
-        except OSError as error:
-            control.close()
-            raise ConfigError(
-                "node.bulk_port", f"cannot listen on {host}:{self._node.bulk_port}: {error}"
-            ) from error
-        self._bulk_port = bulk.getsockname()[1]
-        where = self._reachable_host(host)
-        self._address = str(Address(where, control.getsockname()[1]))
-        return control, bulk
+        control = listening("node.listen", host, port)
+        listeners = [control]
+        if self.worker is not None:
+            try:
+                listeners.append(listening("node.bulk_port", host, self._node.bulk_port))
+            except BaseException:
+                control.close()
+                raise
+            self._bulk_port = listeners[1].getsockname()[1]
+        self._address = str(
+            Address(reachable_host(host, self.config.discovery.peers), control.getsockname()[1])
+        )
+        return listeners
 
-    def _reachable_host(self, host: str) -> str:
-        """The address that others reach this node at: of the interface that a packet to the
-        configured peers would leave by, when it listens on all of them."""
-        if host not in _WILDCARDS:
-            return host
-        for peer in self.config.discovery.peers:
-            with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
-                probe.connect((peer.host, peer.port))  # sends nothing: it only picks a route
-                return str(probe.getsockname()[0])
-        return socket.gethostname()
-
-    async def _serve(
-        self, control: socket.socket, bulk_listener: socket.socket, ready: Callable[[], object]
-    ) -> None:
-        connector = BulkConnector(self._client_context, self.config.cluster, self.hello)
+    async def _serve(self, listeners: Sequence[socket.socket], ready: Callable[[], object]) -> None:
         requests = Requests(
-            records=self.records, shards=self.shards, metrics=self.metrics, status=self.status
+            records=self.records,
+            shards=self.worker.shards if self.worker else None,
+            metrics=self.metrics,
+            status=self.status,
+            more={kind: answer for part in self._parts for kind, answer in part.handlers.items()},
         )
-        loop = asyncio.get_running_loop()
-
-        def suspect(shard: bytes) -> None:
-            asyncio.run_coroutine_threadsafe(_quietly(requests.suspect(shard)), loop)
-
-        bulk = self.bulk = BulkService(
-            cluster=self.config.cluster,
-            node_id=self._node.id,
-            store=self.shards,
-            connector=connector,
-            hello=self.hello,
-            traffic=self.traffic,
-            on_suspicion=suspect,
-        )
-        self._peers = Peers(
+        self.peers = Peers(
             cluster=self.config.cluster,
             node_id=self._node.id,
             context=self._client_context,
@@ -278,40 +239,68 @@ class Node:
             on_disk=requests.on_disk,
             metrics=self.metrics,
         )
-        server = self.control = ControlServer(
+        self.control = ControlServer(
             cluster=self.config.cluster,
             node_id=self._node.id,
             context=self._server_context,
             hello=self.hello,
             handler=requests.answer,
-            on_hello=self._peers.on_hello,
+            on_hello=self.peers.on_hello,
         )
+        if self.worker is not None:
+            self.worker.start(
+                cluster=self.config.cluster,
+                node_id=self._node.id,
+                connector=BulkConnector(self._client_context, self.config.cluster, self.hello),
+                hello=self.hello,
+                suspect=requests.suspect,
+            )
         await self._start_http()
         await requests.on_disk(self._remember_self)
-        waiting = Unauthenticated()
-        tasks = [
-            self._task(Acceptor(control, waiting, server.handshake).run(), "accept control"),
-            self._task(
-                Acceptor(bulk_listener, waiting, self._bulk_handshake(bulk)).run(), "accept bulk"
-            ),
-            self._task(self._peers.run(), "peers"),
-            self._task(self._watch_medium(), "medium"),
-        ]
-        _log.info("node_started", node=self._node.id, address=self._address, bulk=self._bulk_port)
+        self._on_disk = requests.on_disk
+        tasks = self._start_tasks(listeners)
+        _log.info(
+            "node_started",
+            node=self._node.id,
+            roles=self._node.roles,
+            address=self._address,
+            bulk=self._bulk_port,
+        )
         ready()
         try:
             await self._stop.wait()
         finally:
             _log.info("node_stopping", node=self._node.id)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await asyncio.to_thread(bulk.stop, limits.SHUTDOWN_TIMEOUT_S)
-            await server.close()
-            connector.close()
-            await self._http.close()
+            await self._stop_all(tasks)
             await asyncio.to_thread(requests.close)
             _log.info("node_stopped", node=self._node.id)
+
+    def _start_tasks(self, listeners: Sequence[socket.socket]) -> list[asyncio.Task[None]]:
+        assert self.peers is not None
+        waiting = Unauthenticated()
+        work = {
+            "accept control": Acceptor(listeners[0], waiting, self.control.handshake).run,
+            "peers": self.peers.run,
+            "medium": self._watch_medium,
+            "presence": self._stay_known,
+        }
+        if self.worker is not None:
+            secure = self.worker.handshake(self._server_context, self.config.cluster)
+            work["accept bulk"] = Acceptor(listeners[1], waiting, secure).run
+        for part in self._parts:
+            work.update(part.work())
+        return [self._task(start(), name) for name, start in work.items()]
+
+    async def _stop_all(self, tasks: Sequence[asyncio.Task[None]]) -> None:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for part in self._parts:
+            await part.stop()
+        if self.worker is not None:
+            await self.worker.stop()
+        await self.control.close()
+        await self._http.close()
 
     def _task(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
@@ -324,18 +313,6 @@ class Node:
             _log.error("part_failed", part=task.get_name(), exc_info=error)
             self.failed_part = task.get_name()
             self.request_stop()
-
-    def _bulk_handshake(self, bulk: BulkService) -> Handshake:
-        async def handshake(sock: socket.socket) -> Callable[[], None]:
-            secured = await server_handshake(sock, self._server_context)
-            try:
-                identity: Identity = check_peer(secured, cluster=self.config.cluster)
-            except CkptdError as error:
-                secured.close()
-                raise ConnectionRefusedError(error.message) from error
-            return lambda: bulk.start(secured, identity)
-
-        return handshake
 
     async def _start_http(self) -> None:
         observe = self.config.observe
@@ -353,35 +330,29 @@ class Node:
         )
         await self._http.start()
 
-    def _remember_self(self) -> str:
+    def _remember_self(self) -> None:
         """Writes this node's member document, unless the newest one says the same."""
-        known = self.records.catalogue.members().get(self._node.id)
-        # A member's order counts among the documents of this node alone, so it is set above them:
-        # a machine that boots with an old clock must still be believed.
-        order = max(
-            int(time.time() * 1000),
-            1 + self.records.catalogue.highest_order,
-            1 + known.order if known is not None else 0,
-        )
-        member = documents.Member(
-            format=1,
+        member = member_document(
+            self.records.catalogue,
+            self._node,
             cluster=self.config.cluster,
-            order=order,
-            created=now_text(),
-            node=self._node.id,
-            roles=self._node.roles,
             address=self._address,
             bulk_port=self._bulk_port,
-            zone=self._node.zone,
         )
-        if known is not None and (known.address, known.bulk_port, known.roles, known.zone) == (
-            member.address,
-            member.bulk_port,
-            member.roles,
-            member.zone,
-        ):
-            return ""
-        return self.records.write(documents.encode(member), self._signer)
+        if member is not None:
+            self.records.write(documents.encode(member), self._signer)
+
+    async def _stay_known(self) -> None:
+        """What an earlier life of this node said of itself may come back from others, with a later
+        order than this one could know at its start: then it is said once more."""
+        while True:
+            await asyncio.sleep(limits.REMEMBER_SELF_INTERVAL_S)
+            try:
+                await self._on_disk(self._remember_self)
+            except CkptdError as error:
+                _log.warning("member_not_written", reason=error.message, next=error.next)
+
+    _on_disk: OnDisk
 
     async def _watch_medium(self) -> None:
         """Sets the failed state when the disk is gone although nobody uses it."""
@@ -415,20 +386,13 @@ class Node:
         _log.info("config_reloaded", log_level=config.observe.log_level, needs_restart=fixed)
 
 
-async def _quietly(work: Awaitable[object]) -> None:
-    try:
-        await work
-    except CkptdError as error:
-        _log.warning("verify_failed", reason=error.message)
-
-
-def serve(config: Config, config_path: Path | None) -> None:
+def serve(config: Config, config_path: Path | None, parts: Sequence[MakePart] = ()) -> None:
     """Runs a node until SIGTERM or SIGINT. Raises CkptdError when it cannot start."""
 
     keep_heap_small()
 
     async def main() -> None:
-        node = Node(config, config_path)
+        node = Node(config, config_path, parts)
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, node.request_stop)

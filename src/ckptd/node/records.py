@@ -140,21 +140,22 @@ class Records:
                 _log.error("document_corrupt", document=document_id, reason=error.message)
             return None
 
-    def bitmap(self, version_id: str, shards: ShardStore) -> bytes | None:
-        """Which shards of a version are on this node; None when its manifest is not."""
-        references = self._references(version_id)
-        if references is None:
+    def bitmap(self, version_id: str, shards: ShardStore | None) -> bytes | None:
+        """Which shards of a version are on this node; None when its manifest is not, or when the
+        node keeps no shards."""
+        references = self._references(version_id) if shards is not None else None
+        if references is None or shards is None:
             return None
         return bitmaps.pack(shards.has(digest, size) for digest, size in references)
 
     def inventory(
-        self, version_id: str, shards: ShardStore, now: float
+        self, version_id: str, shards: ShardStore | None, now: float
     ) -> tuple[bytes | None, float]:
         """As `bitmap`, and the age in seconds of the oldest check of one of these copies; -1 when
         one was not hashed since this node's start, or none is here. `now` is by the same clock as
         the store's."""
-        references = self._references(version_id)
-        if references is None:
+        references = self._references(version_id) if shards is not None else None
+        if references is None or shards is None:
             return None, -1.0
         checks = shards.checks(references)
         oldest = min((at for at in checks if at is not None), default=NEVER)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -17,7 +18,7 @@ from ckptd.core import bitmaps, limits
 from ckptd.core.catalogue import DocumentHeader, VersionHeader
 from ckptd.core.identity import Identity
 from ckptd.core.permissions import Action, may
-from ckptd.errors import CkptdError, NotAuthorized
+from ckptd.errors import CkptdError, NotAuthorized, Refused
 from ckptd.net.control_connection import Answer, Payload, Progress
 from ckptd.node.records import Records
 from ckptd.observe.metrics import Metrics
@@ -39,7 +40,11 @@ _ACTIONS: Final[dict[type[Message], Action]] = {
     messages.Sync: Action.SYNC,
     messages.Verify: Action.VERIFY,
     messages.ReportCorrupt: Action.REPORT_CORRUPT,
+    messages.GetWatched: Action.WATCHED,
 }
+
+Answerer = Callable[[Any, Payload, Progress], Awaitable[Answer]]
+"""(request, payload, tell progress) -> (answer, payload), once the peer is known to be allowed."""
 
 
 def wire_header(header: DocumentHeader) -> messages.DocumentHeader:
@@ -71,9 +76,10 @@ class Requests:
         self,
         *,
         records: Records,
-        shards: ShardStore,
+        shards: ShardStore | None,
         metrics: Metrics,
         status: Callable[[], messages.NodeStatus],
+        more: Mapping[type[Message], Answerer] = MappingProxyType({}),
     ) -> None:
         self._records = records
         self._shards = shards
@@ -81,20 +87,22 @@ class Requests:
         self._status = status
         self._disk = ThreadPoolExecutor(limits.DISK_THREADS, thread_name_prefix="disk")
         self._documents = asyncio.Semaphore(limits.DOCUMENT_BATCHES_AT_ONCE)
-        self._handlers: dict[
-            type[Message], Callable[[Any, Payload, Progress], Awaitable[Answer]]
-        ] = {
+        self._handlers: dict[type[Message], Answerer] = {
             messages.Ping: self._get_status,
             messages.GetStatus: self._get_status,
-            messages.Have: self._have,
             messages.Inventory: self._inventory,
             messages.ListDocuments: self._list_documents,
             messages.GetDocuments: self._get_documents,
             messages.PutDocuments: self._put_documents,
             messages.Sync: self._sync,
-            messages.Verify: self._verify,
-            messages.ReportCorrupt: self._report_corrupt,
+            **more,
         }
+        if shards is not None:
+            self._handlers |= {
+                messages.Have: partial(self._have, shards),
+                messages.Verify: self._verify,
+                messages.ReportCorrupt: self._report_corrupt,
+            }
 
     def close(self) -> None:
         """Waits for the disk's threads."""
@@ -109,7 +117,10 @@ class Requests:
             what = action.value.replace("_", " ") if action else type(message).__name__
             _log.warning("request_refused", peer=identity.node_id, request=what)
             raise NotAuthorized(f"{identity} may not {what} here")
-        return await self._handlers[type(message)](message, payload, progress)
+        handler = self._handlers.get(type(message))
+        if handler is None:
+            raise Refused(f"this node has not the role to answer {type(message).__name__}")
+        return await handler(message, payload, progress)
 
     async def on_disk(self, work: Callable[[], _T]) -> _T:
         """Runs `work` in the pool."""
@@ -117,6 +128,7 @@ class Requests:
 
     async def suspect(self, shard: bytes) -> VerifyResult:
         """Re-reads a copy that somebody found bad, and tells the metrics."""
+        assert self._shards is not None, "only a worker is asked"
         result = await self.on_disk(partial(self._shards.verify, shard))
         self._note_result(shard, result)
         return result
@@ -131,17 +143,19 @@ class Requests:
     async def _get_status(self, _: Message, __: Payload, ___: Progress) -> Answer:
         return self._status(), b""
 
-    async def _have(self, request: messages.Have, _: Payload, __: Progress) -> Answer:
+    async def _have(
+        self, shards: ShardStore, request: messages.Have, _: Payload, __: Progress
+    ) -> Answer:
         now = time.time()
 
         def look() -> messages.HaveReply:
             held, ages = [], []
             for shard in request.shards:
-                here = self._shards.has(shard)
+                here = shards.has(shard)
                 if here and request.touch:
-                    here = self._shards.touch(shard, now)
+                    here = shards.touch(shard, now)
                 held.append(here)
-                verified_at = self._shards.verified_at(shard) if here else None
+                verified_at = shards.verified_at(shard) if here else None
                 ages.append(-1.0 if verified_at is None else max(0.0, now - verified_at))
             return messages.HaveReply(bitmaps.pack(held), tuple(ages))
 
