@@ -109,6 +109,7 @@ class Cluster:
     nodes: dict[str, Node]
     absent: dict[str, AbsentNode]
     ca: x509.Certificate = field(repr=False)
+    reach: Callable[[Address], Awaitable[Node]] = field(repr=False)
 
     @property
     def cluster(self) -> str:
@@ -127,9 +128,10 @@ class Cluster:
         )
 
     @property
-    def all_answered(self) -> bool:
-        """Whether every remembered worker answered, so that what nobody has is nowhere."""
-        return not self.absent and len(self.workers) == len(self.nodes)
+    def coordinators(self) -> list[Node]:
+        """Nodes that watch directories, by id."""
+        found = [node for node in self.nodes.values() if "coordinator" in node.hello.roles]
+        return sorted(found, key=lambda node: node.id)
 
     def require_nodes(self) -> None:
         """Raises NotEnoughNodes when no worker answers."""
@@ -176,6 +178,33 @@ class Cluster:
 
         for node_id, status in (await self.ask_all(ask, list(self.nodes.values()))).items():
             self.nodes[node_id].status = status
+
+    async def rejoin(self) -> None:
+        """Asks every node for its state again, and tries those anew that did not answer."""
+        await self.refresh()
+        missing = {absent.address for absent in self.absent.values()}
+        for node in self.nodes.values():
+            missing |= {view.address for view in node.status.peers if view.node not in self.nodes}
+        if not self.nodes:
+            missing |= {str(address) for address in _first_addresses(self.config)}
+        addresses = []
+        for text in sorted(missing):
+            with contextlib.suppress(ValueError):
+                addresses.append(parse_address(text))
+        if addresses:
+            self.absent.clear()
+            await _reach_all(self, addresses, self.reach)
+
+    async def watched(self) -> list[messages.Unstored]:
+        """The checkpoints that coordinators see and have not stored yet, by name."""
+
+        async def ask(node: Node) -> messages.Watched:
+            reply, _ = await node.control.request(messages.GetWatched(), messages.Watched)
+            return reply
+
+        answers = await self.ask_all(ask, self.coordinators)
+        found = [unstored for reply in answers.values() for unstored in reply.unstored]
+        return sorted(found, key=lambda unstored: (unstored.name, unstored.path))
 
     # -- documents
 
@@ -395,20 +424,23 @@ def _version_header(version_id: str, header: messages.DocumentHeader) -> Version
 
 
 @contextlib.asynccontextmanager
-async def connect(config: Config) -> AsyncIterator[Cluster]:
+async def connect(
+    config: Config, hello: Callable[[], messages.Hello] | None = None
+) -> AsyncIterator[Cluster]:
     """Connects to all nodes that can be found, for the length of the context.
 
+    `hello` is what a node says of itself; whoever is no node needs none.
     Nodes that do not answer are listed in `absent`; it is not an error if none does: commands
     differ in what they need. Raises ConfigError for unusable certificates.
     """
-    cluster = await _connect(config)
+    cluster = await _connect(config, hello)
     try:
         yield cluster
     finally:
         await cluster.close()
 
 
-async def _connect(config: Config) -> Cluster:
+async def _connect(config: Config, own_hello: Callable[[], messages.Hello] | None) -> Cluster:
     tls = config.tls
     context = client_context(tls.ca, tls.cert, tls.key)
     signer = Signer.from_pem(tls.cert.read_bytes(), tls.key.read_bytes())
@@ -419,7 +451,7 @@ async def _connect(config: Config) -> Cluster:
         raise
     host = socket.gethostname()[:255]
 
-    def hello() -> messages.Hello:
+    def client_hello() -> messages.Hello:
         return messages.Hello(
             cluster=config.cluster,
             node=identity.node_id,
@@ -430,15 +462,7 @@ async def _connect(config: Config) -> Cluster:
             address=host,
         )
 
-    cluster = Cluster(
-        config=config,
-        identity=identity,
-        signer=signer,
-        bulk=BulkConnector(context, config.cluster, hello),
-        nodes={},
-        absent={},
-        ca=load_ca(tls.ca.read_bytes()),
-    )
+    hello = own_hello or client_hello
 
     async def reach(address: Address) -> Node:
         control = await connect_control(
@@ -451,9 +475,27 @@ async def _connect(config: Config) -> Cluster:
             raise
         return Node(control.node_id, control, address.host, control.hello.bulk_port, status)
 
-    own = [config.node.listen] if config.node and config.node.listen.host != "0.0.0.0" else []
-    await _reach_all(cluster, [*config.discovery.peers, *own], reach)
+    cluster = Cluster(
+        config=config,
+        identity=identity,
+        signer=signer,
+        bulk=BulkConnector(context, config.cluster, hello),
+        nodes={},
+        absent={},
+        ca=load_ca(tls.ca.read_bytes()),
+        reach=reach,
+    )
+    await _reach_all(cluster, _first_addresses(config), reach)
     return cluster
+
+
+def _first_addresses(config: Config) -> list[Address]:
+    """Where to look first: the configured peers, and the node of this machine."""
+    if config.node is None or not config.node.listen.port:
+        return list(config.discovery.peers)
+    host, port = config.node.listen
+    own = Address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
+    return [*config.discovery.peers, own]
 
 
 async def _reach_all(
@@ -463,6 +505,8 @@ async def _reach_all(
     tried: set[str] = set()
     pending = {str(address): ("", address) for address in first}
     remembered: dict[str, messages.PeerView] = {}
+    for node in cluster.nodes.values():
+        _remember(node, remembered)
     failures: dict[str, str] = {}
     while pending:
         batch, pending = pending, {}
@@ -476,13 +520,10 @@ async def _reach_all(
             elif isinstance(result, BaseException):
                 raise result
             elif result.id in cluster.nodes:
-                await result.control.close()
+                await result.control.close()  # known by another address
             else:
                 cluster.nodes[result.id] = result
-                for view in result.status.peers:
-                    best = remembered.get(view.node)
-                    if best is None or _fresher(view, best):
-                        remembered[view.node] = view
+                _remember(result, remembered)
         for view in remembered.values():
             if view.address and view.address not in tried and view.node not in cluster.nodes:
                 with contextlib.suppress(ValueError):
@@ -498,6 +539,14 @@ async def _reach_all(
     for address_text, reason in failures.items():
         if address_text not in known:
             cluster.absent[address_text] = AbsentNode("", address_text, reason)
+
+
+def _remember(node: Node, remembered: dict[str, messages.PeerView]) -> None:
+    """Notes what `node` knows of others, as far as it is the newest that is known."""
+    for view in node.status.peers:
+        best = remembered.get(view.node)
+        if best is None or _fresher(view, best):
+            remembered[view.node] = view
 
 
 def _reason(error: CkptdError) -> str:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from ckptd.core import limits
+from ckptd.core.checkpoint_units import DONE_MARKER
 from ckptd.core.cutting import SourceFile as CutFile
 from ckptd.core.cutting import tensor_cuts
 from ckptd.core.documents import DirectoryEntry, SymlinkEntry
@@ -85,7 +86,8 @@ class File:
 
 @dataclass
 class Source:
-    """A scanned checkpoint. `files` are in the order of their paths."""
+    """A scanned checkpoint. `files` are in the order of their paths. `excluded` paths lie in it and
+    are no part of it."""
 
     root: Path
     unit: str
@@ -95,6 +97,7 @@ class Source:
     symlinks: list[SymlinkEntry]
     warnings: list[str]
     scanned_ns: int
+    excluded: frozenset[str] = frozenset()
     cuts: dict[int, list[int]] = field(default_factory=dict)
     tensors: list[TensorRecord] = field(default_factory=list)
 
@@ -138,7 +141,7 @@ class Source:
         files = {file.path for file in self.files}
         shape: dict[str, str | None] = {}
         try:
-            for path, entry in _walk(self.root):
+            for path, entry in _walk(self.root, self.excluded):
                 if path in files:
                     shape[path_to_json(path)] = None
                 elif entry.is_symlink():
@@ -152,12 +155,13 @@ class Source:
         return shape
 
 
-def scan(path: Path, *, as_is: bool = False) -> Source:
+def scan(path: Path, *, as_is: bool = False, excluded: Collection[str] = ()) -> Source:
     """What lies at `path`, a directory or a file.
 
-    Raises NotFound; SourceRefused, by name, for devices, fifos, sockets, dangling links,
-    unreadable files, and safetensors files with an invalid header (unless `as_is`: then they are
-    plain bytes).
+    `excluded` paths below a directory (relative to it, directories with all below them) are left
+    out, and so is its `.ckptd-done`. Raises NotFound; SourceRefused, by name, for devices, fifos,
+    sockets, dangling links, unreadable files, and safetensors files with an invalid header (unless
+    `as_is`: then they are plain bytes).
     """
     scanned_ns = time.time_ns()
     try:
@@ -171,8 +175,11 @@ def scan(path: Path, *, as_is: bool = False) -> Source:
         source = Source(root, "file", found.st_mode & 0o777, [], [], [], [], scanned_ns)
         source.files.append(_file(name, str(root), found))
     elif stat.S_ISDIR(found.st_mode):
-        source = Source(root, "directory", found.st_mode & 0o777, [], [], [], [], scanned_ns)
-        for relative, entry in _walk(root):
+        left_out = frozenset([*excluded, DONE_MARKER])
+        source = Source(
+            root, "directory", found.st_mode & 0o777, [], [], [], [], scanned_ns, left_out
+        )
+        for relative, entry in _walk(root, left_out):
             _add(source, relative, entry)
         source.files.sort(key=lambda file: file.path)
     else:
@@ -187,8 +194,9 @@ def scan(path: Path, *, as_is: bool = False) -> Source:
     return source
 
 
-def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """All entries below `root`, never through a symlink, with their relative paths."""
+def _walk(root: Path, excluded: frozenset[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """All entries below `root`, never through a symlink, with their relative paths, but those that
+    are `excluded`."""
     pending = [""]
     while pending:
         relative = pending.pop()
@@ -200,6 +208,8 @@ def _walk(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
             raise SourceRefused(f"{directory}: {error.strerror}") from error
         for entry in found:
             path = f"{relative}/{entry.name}" if relative else entry.name
+            if path in excluded:
+                continue
             yield path, entry
             if entry.is_dir(follow_symlinks=False):
                 pending.append(path)

@@ -12,12 +12,12 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import structlog
 
@@ -48,7 +48,8 @@ _log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class StoreResult:
-    """What a store did. Sizes in bytes; `copies` is the smallest number of any shard."""
+    """What a store did. Sizes in bytes; `copies` is the smallest number of any shard, `content_id`
+    says what was stored whatever it is called."""
 
     name: str
     version: str
@@ -60,6 +61,7 @@ class StoreResult:
     shards_deduplicated: int
     copies: int
     seconds: float
+    content_id: str
     warnings: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
@@ -82,25 +84,50 @@ async def store(
     when there are not enough nodes for them. Content equal to the newest version completes that
     version and returns it. Raises SourceRefused, SourceChanged, NoRoom, NotEnoughNodes.
     """
-    return await _Store(cluster, path, name, copies, as_is, progress or Progress()).run()
+    check_name(name)
+    source = await asyncio.to_thread(scan, path, as_is=as_is)
+    return await store_source(cluster, source, name=name, copies=copies, progress=progress)
+
+
+async def store_source(
+    cluster: Cluster,
+    source: Source,
+    *,
+    name: str,
+    copies: int | None = None,
+    step: int | None = None,
+    metrics: Mapping[str, float] | None = None,
+    progress: Progress | None = None,
+) -> StoreResult:
+    """As `store`, of a source that was scanned before. `step` and `metrics` (finite numbers) are
+    what the training says of it; they make no new version of equal content."""
+    told = Told(step, dict(metrics or {}))
+    return await _Store(cluster, source, name, copies, told, progress or Progress()).run()
+
+
+class Told(NamedTuple):
+    """What a training says of a checkpoint."""
+
+    step: int | None
+    metrics: dict[str, float]
 
 
 class _Store:
     def __init__(
         self,
         cluster: Cluster,
-        path: Path,
+        source: Source,
         name: str,
         copies: int | None,
-        as_is: bool,
+        told: Told,
         progress: Progress,
     ) -> None:
         self._cluster = cluster
-        self._path = path
+        self._source = source
         self._name = check_name(name)
         # Fewer than the cluster's setting are never enough: its states count by the larger one.
         self._copies = max(copies or 0, cluster.config.replication.copies)
-        self._as_is = as_is
+        self._told = told
         self._progress = progress
         self._shards: dict[bytes, Shard] = {}  # in the order of the manifest
         self._placed: list[HashedShard] = []
@@ -112,7 +139,7 @@ class _Store:
         started_s = time.monotonic()
         cluster = self._cluster
         catalogue = await cluster.catalogue()
-        source = await asyncio.to_thread(scan, self._path, as_is=self._as_is)
+        source = self._source
         for warning in source.warnings:
             self._progress.note(warning)
         self._check_room(source.size)
@@ -139,6 +166,7 @@ class _Store:
             shards_deduplicated=self._deduplicated,
             copies=reached,
             seconds=time.monotonic() - started_s,
+            content_id=manifest.content_id,
             warnings=tuple(source.warnings),
         )
 
@@ -151,8 +179,8 @@ class _Store:
         room = sum(found.bytes_free + found.bytes_used for found in status)
         if size > room:
             raise NoRoom(
-                f"{self._path} has {size} bytes, and the {len(status)} nodes that answer have room "
-                f"for {room} above their reserves",
+                f"{self._source.root} has {size} bytes, and the {len(status)} nodes that answer "
+                f"have room for {room} above their reserves",
                 next="ckptd nodes   (then add a node, or put in a larger disk)",
             )
 
@@ -219,7 +247,7 @@ class _Store:
             return None
         content = tensor_index.encode(source.tensors)
         if len(content) > limits.SHARD_SIZE_MAX_BYTES:
-            raise SourceRefused(f"{self._path}: the index of its tensors is too large")
+            raise SourceRefused(f"{source.root}: the index of its tensors is too large")
         digest = hashlib.sha256(content).digest()
         self._index_digest = digest
         return Shard(digest, len(content), partial(BytesReader, content))
@@ -312,11 +340,13 @@ class _Store:
             entries=entries,
             shards=references,
             tensor_index=self._index_of(references),
+            step=self._told.step,
+            metrics=self._told.metrics,
         )
         raw = documents.encode(manifest)
         if len(raw) > limits.DOCUMENT_MAX_BYTES:
             raise SourceRefused(
-                f"{self._path} has too many files for one checkpoint: its manifest would have "
+                f"{source.root} has too many files for one checkpoint: its manifest would have "
                 f"{len(raw)} bytes",
                 next="store its sub-directories one by one",
             )

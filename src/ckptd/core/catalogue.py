@@ -61,6 +61,7 @@ class Catalogue:
         self._unknown = 0
         self._versions: dict[str, list[VersionHeader]] = {}  # by name, oldest first
         self._tombstones: dict[str, tuple[TombstoneHeader, ...]] = {}  # by dead version
+        self._dead_contents: dict[str, set[tuple[str, ...]]] = {}  # versions that may have had it
         self._pins: dict[str, list[DocumentHeader]] = {}  # by version
         self._unpinned: set[str] = set()
         self._members: dict[str, tuple[tuple[int, str], Member]] = {}
@@ -173,6 +174,8 @@ class Catalogue:
             document.reason,
             document.justified_by,
         )
+        for content_id in document.content_ids:
+            self._dead_contents.setdefault(content_id, set()).add(document.versions)
         for version_id in set(document.versions):
             tombstones = (*self._tombstones.get(version_id, ()), header)
             self._tombstones[version_id] = tuple(sorted(tombstones, key=age_of))
@@ -271,6 +274,26 @@ class Catalogue:
     def is_dead(self, version_id: str) -> bool:
         """Whether a tombstone names the version, known or not."""
         return version_id in self._tombstones
+
+    def is_dead_content(self, name: str, content_id: str) -> bool:
+        """Whether a tombstone declares a version of `name` dead that had this content.
+
+        Tombstones carry no names: while the manifest of a version is known, it tells the name; of
+        one that is no longer known, any name is assumed.
+        """
+        for versions in self._dead_contents.get(content_id, ()):
+            for version_id in versions:
+                header = self.version(version_id)
+                if header is None or (header.name, header.content_id) == (name, content_id):
+                    return True
+        return False
+
+    def has_dead(self, name: str) -> bool:
+        """Whether a version of `name` may be dead: one of a name that is no longer known may."""
+        return any(
+            (header := self.version(version_id)) is None or header.name == name
+            for version_id in self._tombstones
+        )
 
     @property
     def dead_ids(self) -> frozenset[str]:

@@ -1,0 +1,25 @@
+"""What a source holds, without sending any of it."""
+
+from __future__ import annotations
+
+import threading
+
+from ckptd.client.hashing import hash_file
+from ckptd.client.manifest_entries import entries_of
+from ckptd.client.source import Source
+from ckptd.core.documents import content_id
+from ckptd.errors import SourceChanged
+
+
+def content_id_of(source: Source, stop: threading.Event) -> str:
+    """The content id that a version of `source` would have. Reads all of it, blocking.
+
+    Raises SourceChanged when it did not hold still, or when `stop` was set meanwhile.
+    """
+    hashes = []
+    for file in source.files:
+        if stop.is_set():
+            raise SourceChanged(f"{source.root} was not read to its end")
+        hashes.append(hash_file(file))
+    source.check()
+    return content_id(entries_of(source, hashes, (), ()))
