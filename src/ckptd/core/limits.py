@@ -173,3 +173,15 @@ SURVEY_SHARE_MAX: Final = 0.02  # of the time that these looks may take
 CONTENT_MEMORY_ENTRIES_MAX: Final = 20_000  # checkpoints whose content id is remembered
 CONTENT_MEMORY_MAX_BYTES: Final = 8 * MIB
 REMEMBER_SELF_INTERVAL_S: Final = 10.0  # between two looks whether others know this node right
+
+# Watching
+WATCHED_ENTRIES_MAX: Final = 500_000  # files and directories below one root
+WATCHED_DEPTH_MAX: Final = 64
+WATCHED_CHECKPOINTS_MAX: Final = 20_000  # of all roots
+PENDING_ROWS_MAX: Final = 1000
+EVENTS_WAITING_MAX: Final = 10_000  # paths; what is beyond is found by the next scan
+WEIGHT_INDEX_MAX_BYTES: Final = 32 * MIB  # the index of a sharded model, with 250,000 tensors
+TRAINING_STATE_MAX_BYTES: Final = 32 * MIB  # log_history of a very long run
+GGUF_HEADER_MAX_BYTES: Final = 512 * MIB  # read in windows, nothing is kept
+GGUF_WINDOW_BYTES: Final = 1 * MIB
+GGUF_TEXT_MAX_BYTES: Final = 64 * MIB

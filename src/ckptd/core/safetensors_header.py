@@ -133,13 +133,7 @@ def parse_header(raw: bytes, file_size: int) -> Header:
 
     HeaderInvalid unless it is valid and the file is exactly as long as it promises.
     """
-    if not raw.startswith(b"{"):
-        raise HeaderInvalid("the header does not start with {")
-    data_start = LENGTH_BYTES + len(raw)
-    metadata, tensors = _scan(raw, data_start)
-    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
-    _check_ranges(tensors, data_start)
-    header = Header(tuple(tensors), metadata, len(raw), data_start)
+    header = read_header(raw)
     if file_size < header.file_size:
         raise HeaderInvalid(
             f"the file is cut off: its header promises {header.file_size} bytes, it has {file_size}"
@@ -150,6 +144,20 @@ def parse_header(raw: bytes, file_size: int) -> Header:
             f"promises {header.file_size} bytes, the file has {file_size}"
         )
     return header
+
+
+def read_header(raw: bytes) -> Header:
+    """The header in `raw`, of a file that may not be whole yet: compare its `file_size`.
+
+    HeaderInvalid unless it is valid.
+    """
+    if not raw.startswith(b"{"):
+        raise HeaderInvalid("the header does not start with {")
+    data_start = LENGTH_BYTES + len(raw)
+    metadata, tensors = _scan(raw, data_start)
+    tensors.sort(key=lambda tensor: (tensor.begin, tensor.end))
+    _check_ranges(tensors, data_start)
+    return Header(tuple(tensors), metadata, len(raw), data_start)
 
 
 def byte_length(dtype: str, shape: Sequence[int]) -> int:
