@@ -1,0 +1,51 @@
+"""The coordinator's view of the cluster: made when it is needed, and anew as nodes come and go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
+
+from ckptd.client.cluster import Cluster
+from ckptd.core import limits
+from ckptd.core.catalogue import Catalogue
+
+
+class Link:
+    """Connections to the nodes, for one task at a time. `connect` makes them."""
+
+    def __init__(self, connect: Callable[[], AbstractAsyncContextManager[Cluster]]) -> None:
+        self._connect = connect
+        self._stack = AsyncExitStack()
+        self._cluster: Cluster | None = None
+        self._asked_at_s = 0.0
+        self._catalogue: tuple[frozenset[bytes], Catalogue] | None = None
+
+    async def cluster(self) -> Cluster:
+        """All nodes that answer now. Raises NotEnoughNodes when no worker does."""
+        now_s = time.monotonic()
+        if self._cluster is None:
+            self._cluster = await self._stack.enter_async_context(self._connect())
+            self._asked_at_s = now_s
+        elif now_s - self._asked_at_s >= limits.RECONNECT_NODES_S or not self._cluster.workers:
+            await self._cluster.rejoin()
+            self._asked_at_s = now_s
+        self._cluster.require_nodes()
+        return self._cluster
+
+    async def catalogue(self) -> Catalogue:
+        """What the nodes know now; asked for again only when some node knows something new."""
+        cluster = await self.cluster()
+        await cluster.refresh()
+        cluster.require_nodes()
+        digests = frozenset(node.status.documents_digest for node in cluster.workers)
+        if self._catalogue is None or self._catalogue[0] != digests:
+            self._catalogue = digests, await cluster.catalogue()
+        return self._catalogue[1]
+
+    async def close(self) -> None:
+        """Closes all connections; the next question makes them anew."""
+        self._cluster = None
+        self._catalogue = None
+        await self._stack.aclose()
+        self._stack = AsyncExitStack()
