@@ -52,7 +52,7 @@ def _status(found: ClusterStatus) -> str:
     room = found.room
     fit = "" if room.checkpoints_fit is None else f", {room.checkpoints_fit} more like the newest"
     lines = [
-        f"{found.state}: {count(total, 'version')}{f' ({states})' if states else ''}",
+        f"{found.state}: {count(total, 'checkpoint')}{f' ({states})' if states else ''}",
         f"nodes: {up} of {len(found.nodes)} up"
         + "".join(
             f"; {row.id or row.address} {row.state}" for row in found.nodes if row.state != "up"
@@ -62,6 +62,10 @@ def _status(found: ClusterStatus) -> str:
         f"room: {size(room.bytes_storable)} of checkpoints with all copies{fit}",
         f"oldest check of a copy: {moment(found.scrub.oldest_verified_at)}",
     ]
+    for pending in found.pending[:_SHOWN_MAX]:
+        lines.append(f"{pending.state}: {printable(pending.path)}: {printable(pending.reason)}")
+    if len(found.pending) > _SHOWN_MAX:
+        lines.append(f"… and {len(found.pending) - _SHOWN_MAX} more: --json lists all")
     if found.state in _ADVICE:
         lines.append(_ADVICE[found.state])
     return "\n".join(lines)

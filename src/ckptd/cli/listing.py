@@ -28,7 +28,9 @@ def ls_command(run: str | None, all_versions: bool) -> None:
     disk and hashed. Times are UTC.
 
     \b
-    States: protected     every shard has the wanted copies
+    States: pending       a coordinator sees it, but it is not complete or at rest: ckptd status
+            storing       it is being stored
+            protected     every shard has the wanted copies
             degraded      readable, but a copy is missing
             unavailable   a node that may hold a shard does not answer
             unrecoverable a shard is on no node, and all have answered
@@ -49,7 +51,7 @@ def _listing(rows: list[Checkpoint], all_versions: bool) -> str:
         [
             (
                 row.name,
-                row.version[:12],
+                (row.version or "-")[:12],
                 moment(row.created),
                 size(row.bytes),
                 str(row.files),

@@ -50,6 +50,9 @@ def up(directory: Path, nodes: int, settings: tuple[str, ...], print_env: bool) 
         session().emit(cluster.describe(), export)
         return
     lines = [f"{node.id}  {node.describe()['address']}  pid {node.pid}" for node in running]
+    coordinator = cluster.coordinator()
+    if coordinator is not None:
+        lines.append(f"{coordinator.id}  watches {cluster.watch_root}  pid {coordinator.pid}")
     lines += ["", "To use it in this shell:", f"  {export}", "Then, for example:", "  ckptd status"]
     session().emit(cluster.describe(), "\n".join(lines))
 

@@ -26,8 +26,10 @@ def serve(init: bool) -> None:
     """Run this node in the roles that its config names, until SIGTERM.
 
     Without --init a store directory that has no marker is refused: an unmounted disk must never
-    become an empty store. SIGHUP makes the node read its config again.
+    become an empty store. A coordinator needs no store and no --init. SIGHUP makes the node read
+    its config again.
     """
+    from ckptd.coordinator.part import coordinator
     from ckptd.node import daemon
     from ckptd.observe import logs
 
@@ -35,15 +37,13 @@ def serve(init: bool) -> None:
     path = session().config_path()
     config = session().config()
     logs.configure(config.observe.log_level)
-    if config.node is None or config.store is None:
+    if config.node is None:
         raise ConfigError(
             "node", "missing: this config is a client's", next="ckptd serve --config NODE_CONFIG"
         )
-    if "coordinator" in config.node.roles:
-        raise ConfigError("node.roles", "coordinator: not in this version; use worker")
-    if init:
+    if init and config.is_worker:
         _init(config)
-    daemon.serve(config, path)
+    daemon.serve(config, path, [coordinator] if config.is_coordinator else [])
 
 
 def _init(config: Config) -> None:

@@ -59,11 +59,15 @@ class ShardCounts(Struct, frozen=True):
 
 
 class Pending(Struct, frozen=True):
-    """A checkpoint that is seen and not stored yet."""
+    """A checkpoint that is seen and not stored yet. `name` is empty when it cannot have one;
+    `state` is pending or storing; `bytes` are those seen so far."""
 
     path: str
     reason: str
     since: str
+    name: str = ""
+    state: str = State.PENDING.value
+    bytes: int = 0
 
 
 class RepairQueue(Struct, frozen=True):
@@ -185,16 +189,22 @@ async def cluster_status(cluster: Cluster) -> ClusterStatus:
     found = await survey(cluster)
     versions = list(found.versions.values())
     counts.update(Counter(version.state.value for version in versions))
+    unstored = await cluster.watched()
+    states = [State.STORING if u.state == State.STORING.value else State.PENDING for u in unstored]
+    counts.update(Counter(state.value for state in states))
     shards = await _count_shards(cluster, found)
     checks = [v.verified_at for v in versions if v.header.shards]
     known = [at for at in checks if at is not None]
     rows = node_rows(cluster)
     return ClusterStatus(
-        state=worst(version.state for version in versions).value,
+        state=worst([*states, *(version.state for version in versions)]).value,
         nodes=rows,
         checkpoints=counts,
         shards=shards,
-        pending=(),
+        pending=tuple(
+            Pending(u.path, u.reason, u.since, u.name, state.value, u.size)
+            for u, state in zip(unstored, states, strict=True)
+        ),
         repair=RepairQueue(),
         scrub=ScrubState(timestamp(min(known)) if len(known) == len(checks) and known else None),
         room=room_of(cluster, versions),

@@ -62,13 +62,13 @@ def check_config(config: Config) -> Iterator[Finding]:
     """Watched roots, and keys that this version does not act on."""
     for error in check_roots(config):
         yield Finding("config", "error", error.message, "ckptd config check")
-    if config.watch or config.retention:
-        keys = [key for key in inactive_keys(config) if key.startswith(("watch", "retention"))]
+    keys = [key for key in inactive_keys(config) if key.startswith(("watch", "retention"))]
+    if keys:
         yield Finding(
             "config",
             "warning",
-            f"this version does not act on {', '.join(keys)}",
-            "ckptd store PATH   (by hand, or from the training script)",
+            f"nothing acts on {', '.join(keys)} here",
+            "ckptd config check",
         )
     if not config.discovery.peers and config.node is None:
         yield Finding(
@@ -213,6 +213,9 @@ async def _check_node(node: Node) -> tuple[list[Finding], float | None]:
         skew_s = status.clock_ms / 1000 - (asked_at + time.time()) / 2
     except CkptdError as error:
         return [*findings, Finding("peers", "error", error.message, "ckptd nodes")], None
+    if "worker" not in node.hello.roles:
+        findings.append(Finding("ports", "ok", f"{node.id}: {node.control.address}"))
+        return findings, skew_s
     fault = await _port_fault(node.host, node.bulk_port)
     if fault:
         findings.append(

@@ -16,16 +16,18 @@ from ckptd.core.catalogue import Catalogue, VersionHeader
 from ckptd.core.documents import FileEntry, Manifest, ShardReference
 from ckptd.core.names import Selector, check_name, parse_selector, path_from_json
 from ckptd.errors import CkptdError, NoGoodCopy, NotFound
+from ckptd.wire import messages
 
 
 class Checkpoint(Struct, frozen=True):
-    """One version of a checkpoint in a list. `version` has 64 hex digits, times are RFC 3339 in
-    UTC, `bytes` is the sum of the file sizes. `min_copies` counts the machines that confirmed the
-    rarest shard; `verified_at` is that of the copy whose last check is the oldest, None when some
-    copy was not checked since its node's start."""
+    """One version of a checkpoint in a list. `version` has 64 hex digits (None: pending or storing,
+    there is none yet), times are RFC 3339 in UTC, `bytes` is the sum of the file sizes.
+    `min_copies` counts the machines that confirmed the rarest shard; `verified_at` is that of the
+    copy whose last check is the oldest, None when some copy was not checked since its node's start.
+    """
 
     name: str
-    version: str
+    version: str | None
     created: str
     bytes: int
     files: int
@@ -111,12 +113,50 @@ def select_run(catalogue: Catalogue, run: str | None, *, all_versions: bool) -> 
 async def list_checkpoints(
     cluster: Cluster, run: str | None = None, *, all_versions: bool = False
 ) -> list[Checkpoint]:
-    """As `ckptd ls` lists them. Raises NotEnoughNodes when no worker answers, NotFound for a run
-    that does not exist, NameRefused for one that cannot."""
+    """As `ckptd ls` lists them: what coordinators see and have not stored is listed where no
+    version of the name is, with `all_versions` always.
+
+    Raises NotEnoughNodes when no worker answers, NotFound for a run that does not exist,
+    NameRefused for one that cannot.
+    """
     catalogue = await cluster.catalogue()
-    versions = select_run(catalogue, run, all_versions=all_versions)
+    waiting = [
+        unstored
+        for unstored in await cluster.watched()
+        if unstored.name
+        and _lies_in(unstored.name, run)
+        and (all_versions or catalogue.newest(unstored.name) is None)
+    ]
+    try:
+        versions = select_run(catalogue, run, all_versions=all_versions)
+    except NotFound:
+        if not waiting:
+            raise
+        versions = []
     found = await survey_versions(cluster, catalogue, versions)
-    return [_row(found, surveyed) for surveyed in found.versions.values()]
+    rows = [_row(found, surveyed) for surveyed in found.versions.values()]
+    # Sorting is stable: what is not stored yet is newer, and comes first among its name's.
+    return sorted([*map(_waiting_row, waiting), *rows], key=lambda row: row.name)
+
+
+def _lies_in(name: str, run: str | None) -> bool:
+    return run is None or name == run.rstrip("/") or name.startswith(f"{run.rstrip('/')}/")
+
+
+def _waiting_row(unstored: messages.Unstored) -> Checkpoint:
+    return Checkpoint(
+        name=unstored.name,
+        version=None,
+        created=unstored.since,
+        bytes=unstored.size,
+        files=0,
+        state=unstored.state,
+        min_copies=0,
+        verified_at=None,
+        step=unstored.step,
+        metrics={},
+        pinned=False,
+    )
 
 
 def _row(survey: Survey, surveyed: Surveyed) -> Checkpoint:

@@ -3,7 +3,9 @@
     DIR/pki/                 the CA, the client's certificate, one for each node
     DIR/ckptd.yml            the client's config
     DIR/settings.yml         what `--set` was given
-    DIR/NODE/ckptd.yml       a node's config; DIR/NODE/store its store, DIR/NODE/node.log its log
+    DIR/NODE/ckptd.yml       a worker's config; DIR/NODE/store its store, DIR/NODE/node.log its log
+    DIR/coordinator/         the same of the coordinator, with its state in place of a store
+    DIR/watch/               what lies here is found and stored by itself
 
 The daemons outlive whoever started them. `up` starts whatever is not running, with its data.
 """
@@ -39,6 +41,7 @@ LOCAL_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "gc": {"grace": "60s"},
     "membership": {"heartbeat": "500ms", "suspect": "2s", "down": "5s"},
 }
+COORDINATOR: Final = "coordinator"
 NODES_MAX: Final = 16
 _PORTS: Final = range(20_000, 32_000)
 _PORT_TRIES_MAX: Final = 1000
@@ -61,16 +64,28 @@ class LocalNode:
 
     def describe(self) -> dict[str, Any]:
         """As `ckptd local up --json` lists it."""
-        assert self.config.node is not None and self.config.store is not None
+        assert self.config.node is not None
         scheme = "https" if self.config.observe.tls else "http"
-        return {
+        described = {
             "id": self.id,
             "pid": self.pid,
             "config": str(self.config_path),
             "address": str(self.config.node.listen),
-            "data_dir": str(self.config.store.path),
+            "data_dir": str(self.data_directory),
             "metrics_url": f"{scheme}://{self.config.observe.listen}/metrics",
         }
+        if self.config.is_coordinator:
+            described["watch_root"] = str(self.config.watch[0].root)
+        return described
+
+    @property
+    def data_directory(self) -> Path:
+        """A worker's store, or a coordinator's state."""
+        assert self.config.node is not None
+        if self.config.store is not None:
+            return self.config.store.path
+        assert self.config.node.state is not None, "it is a coordinator"
+        return self.config.node.state
 
 
 class LocalCluster:
@@ -83,8 +98,13 @@ class LocalCluster:
     def client_config(self) -> Path:
         return self.directory / "ckptd.yml"
 
+    @property
+    def watch_root(self) -> Path:
+        return self.directory / "watch"
+
     def up(self, count: int, settings: Sequence[str] = ()) -> list[LocalNode]:
-        """Makes what is missing, starts what is not running, and waits until all serve.
+        """Makes what is missing, starts what is not running, and waits until all serve. Returns the
+        workers.
 
         `settings` are KEY=VALUE, with dotted keys of the config, for every node and the client;
         they are kept for later calls, and nodes whose config they change are restarted. Raises
@@ -99,9 +119,8 @@ class LocalCluster:
             count = len(existing)
         self._make(count, overrides)
         self._settings.write_text(yaml.safe_dump(overrides), encoding="utf-8")
-        nodes = self.nodes()
         starting = []
-        for node in nodes:
+        for node in [*self.nodes(), *self._coordinators()]:
             if node.pid and not _config_is_current(node):
                 _stop([node.pid])
             if not _running(node.directory):
@@ -125,26 +144,36 @@ class LocalCluster:
         """Stops all daemons gracefully; their data stays. Returns the ids of those that ran."""
         if not self._node_ids():
             raise NotFound(f"no local cluster in {self.directory}", next="ckptd local up")
-        running = [node for node in self.nodes() if node.pid]
+        running = [node for node in [*self._coordinators(), *self.nodes()] if node.pid]
         _stop([node.pid for node in running])
         return [node.id for node in running]
 
     def nodes(self) -> list[LocalNode]:
-        """The nodes as they are now."""
-        found = []
-        for node_id in self._node_ids():
-            directory = self.directory / node_id
-            config, errors = check((directory / "ckptd.yml").read_text(encoding="utf-8"))
-            if config is None:
-                raise errors[0]
-            found.append(LocalNode(node_id, directory, config, _running(directory)))
-        return found
+        """The workers as they are now."""
+        return [self._node(node_id) for node_id in self._node_ids()]
+
+    def coordinator(self) -> LocalNode | None:
+        """The coordinator as it is now; None in a cluster that an earlier version made."""
+        made = (self.directory / COORDINATOR / "ckptd.yml").exists()
+        return self._node(COORDINATOR) if made else None
+
+    def _coordinators(self) -> list[LocalNode]:
+        found = self.coordinator()
+        return [] if found is None else [found]
+
+    def _node(self, node_id: str) -> LocalNode:
+        directory = self.directory / node_id
+        config, errors = check((directory / "ckptd.yml").read_text(encoding="utf-8"))
+        if config is None:
+            raise errors[0]
+        return LocalNode(node_id, directory, config, _running(directory))
 
     def describe(self) -> dict[str, Any]:
         """As `ckptd local up --json` prints it."""
+        coordinator = self.coordinator()
         return {
             "config": str(self.client_config),
-            "coordinator": None,
+            "coordinator": None if coordinator is None else coordinator.describe(),
             "nodes": [node.describe() for node in self.nodes()],
         }
 
@@ -163,19 +192,26 @@ class LocalCluster:
             code = pki.init_cluster(pki_directory, CLUSTER)
             # An embedded cluster protects nothing from its own user: the code may lie beside it.
             (self.directory / "recovery-code").write_text(code + "\n", encoding="ascii")
+        self.watch_root.mkdir(exist_ok=True)
         ids = [f"node{number}" for number in range(1, count + 1)]
-        peers = self._addresses(ids)
-        for node_id in ids:
+        addresses = self._addresses([*ids, COORDINATOR])
+        for node_id in addresses:
+            role = Role.COORDINATOR if node_id == COORDINATOR else Role.WORKER
             if not (pki_directory / f"{node_id}.pem").exists():
-                pki.issue(pki_directory, [Role.WORKER], node_id)
-            self._write_node(node_id, peers, overrides)
+                pki.issue(pki_directory, [role], node_id)
+            self._write_node(node_id, role, addresses, overrides)
         client = {
             "cluster": CLUSTER,
             "tls": _tls(pki_directory, "client"),
-            "discovery": {"mdns": False, "peers": [ports["listen"] for ports in peers.values()]},
+            "discovery": {
+                "mdns": False,
+                "peers": [address["listen"] for address in addresses.values()],
+            },
+            "watch": self._watch(overrides),
         }
         # A client has no store and is no node: what is set for these concerns the nodes alone.
-        shared = {key: value for key, value in overrides.items() if key not in ("node", "store")}
+        # What is set for the watched root is in the client's config already.
+        shared = {k: v for k, v in overrides.items() if k not in ("node", "store", "watch")}
         _write_config(self.client_config, _merged(client, LOCAL_DEFAULTS, shared))
 
     def _addresses(self, ids: list[str]) -> dict[str, dict[str, Any]]:
@@ -201,30 +237,48 @@ class LocalCluster:
         return found
 
     def _write_node(
-        self, node_id: str, peers: dict[str, dict[str, Any]], overrides: dict[str, Any]
+        self,
+        node_id: str,
+        role: Role,
+        addresses: dict[str, dict[str, Any]],
+        overrides: dict[str, Any],
     ) -> None:
         directory = self.directory / node_id
         directory.mkdir(exist_ok=True, mode=0o700)
-        own = peers[node_id]
-        node = {
+        own = addresses[node_id]
+        node: dict[str, Any] = {
             "cluster": CLUSTER,
             # Zones of their own: one machine plays several here, and copies must be apart.
             "node": {
                 "id": node_id,
-                "roles": ["worker"],
+                "roles": [role.value],
                 "listen": own["listen"],
                 "bulk_port": own["bulk_port"],
                 "zone": node_id,
             },
-            "store": {"path": str(directory / "store")},
             "tls": _tls(self.directory / "pki", node_id),
             "discovery": {
                 "mdns": False,
-                "peers": [p["listen"] for other, p in peers.items() if other != node_id],
+                "peers": [a["listen"] for other, a in addresses.items() if other != node_id],
             },
             "observe": {"listen": own["observe"], "tls": False},
         }
-        _write_config(directory / "ckptd.yml", _merged(node, LOCAL_DEFAULTS, overrides))
+        unused = {"watch"}
+        if role is Role.COORDINATOR:
+            node["node"]["state"] = str(directory / "state")
+            node["watch"] = self._watch(overrides)
+            unused.add("store")
+        else:
+            node["store"] = {"path": str(directory / "store")}
+        shared = {key: value for key, value in overrides.items() if key not in unused}
+        _write_config(directory / "ckptd.yml", _merged(node, LOCAL_DEFAULTS, shared))
+
+    def _watch(self, overrides: dict[str, Any]) -> list[dict[str, Any]]:
+        """The one watched root. `watch.KEY=VALUE` sets a key of it."""
+        settings = overrides.get("watch", {})
+        if not isinstance(settings, dict):
+            return list(settings) if isinstance(settings, list) else [settings]
+        return [{"root": str(self.watch_root), **settings}]
 
     # -- running
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import platform
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Final, Literal, NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -137,6 +137,37 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "When this node's certificate expires, in seconds since 1970.",
     ),
     Definition(
+        "ckptd_pending_checkpoints",
+        "gauge",
+        (),
+        "Checkpoints that this coordinator sees and has not stored as they are now.",
+    ),
+    Definition(
+        "ckptd_checkpoint_time_to_protected_seconds",
+        "histogram",
+        (),
+        "Time from the last change of a checkpoint's files until it was protected.",
+    ),
+    Definition(
+        "ckptd_unprotected_seconds",
+        "gauge",
+        (),
+        "How long the checkpoint has been waiting that has waited longest; 0 if none waits.",
+    ),
+    Definition(
+        "ckptd_unprotected_steps",
+        "gauge",
+        (),
+        "Training steps by which the newest checkpoint of a run is ahead of its newest protected "
+        "one, in the run that has most of them.",
+    ),
+    Definition(
+        "ckptd_checkpoints",
+        "gauge",
+        ("state",),
+        "Versions of the cluster, and checkpoints not stored yet, by state; told by the steward.",
+    ),
+    Definition(
         "ckptd_build_info", "gauge", ("version", "python"), "Always 1; the labels tell what runs."
     ),
 )
@@ -144,6 +175,8 @@ _BY_NAME: Final = {definition.name.removeprefix(PREFIX): definition for definiti
 
 # From a small shard on a fast link to 32 MiB on a bad card that is shared by several senders.
 _SECONDS_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0)
+# From a small adapter to a large model over a slow link.
+_PROTECTED_BUCKETS: Final = (1.0, 2.5, 5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
 _SPEED_SHARE_OF_NEWEST: Final = 0.25
 
 
@@ -175,6 +208,8 @@ class Metrics:
         self._store_failures = self._counter("store_failures_total", STORE_FAILURE_KINDS)
         self._corrupt = self._counter("shards_corrupt_total")
         self._written = self._counter("bytes_written_total")
+        self._protected: Histogram | None = None
+        self._states: Gauge | None = None
         self._gauge("build_info").labels(version, platform.python_version()).set(1)
 
     def text(self) -> bytes:
@@ -258,6 +293,50 @@ class Metrics:
         """This node's certificate expires at `timestamp_s` (seconds since 1970)."""
         with self._lock:
             self._set("certificate_expiry_timestamp_seconds", timestamp_s)
+
+    def expect_protection(self) -> None:
+        """This node stores checkpoints by itself: their histogram is shown from now on."""
+        with self._lock:
+            if self._protected is None:
+                definition = _BY_NAME["checkpoint_time_to_protected_seconds"]
+                self._protected = Histogram(
+                    definition.name,
+                    definition.help,
+                    registry=self._registry,
+                    buckets=_PROTECTED_BUCKETS,
+                )
+
+    def protected(self, seconds: float) -> None:
+        """A checkpoint became protected so long after its last change. After
+        `expect_protection`."""
+        assert self._protected is not None
+        self._protected.observe(max(0.0, seconds))
+
+    def sample_pending(
+        self, count: int, unprotected_s: float, unprotected_steps: int | None
+    ) -> None:
+        """What waits to be protected: how many, for how long the longest, and how many training
+        steps (None: not known)."""
+        with self._lock:
+            self._set("pending_checkpoints", count)
+            self._set("unprotected_seconds", unprotected_s)
+            self._set("unprotected_steps", unprotected_steps)
+
+    def checkpoints(self, counts: Mapping[str, int] | None) -> None:
+        """How many versions of the cluster are in each state; None: this node is not (any more)
+        the one that tells."""
+        with self._lock:
+            if counts is None:
+                if self._states is not None:
+                    self._registry.unregister(self._states)
+                    self._states = None
+                return
+            states = self._states or self._gauge("checkpoints", registered=False)
+            for state, count in counts.items():
+                states.labels(state).set(count)
+            if self._states is None:
+                self._states = states
+                self._registry.register(states)
 
     def _forget_skew(self, node: str) -> None:
         if self._skews_s.pop(node, None) is not None:

@@ -29,6 +29,11 @@ PUBLISHED = {
     "ckptd_bytes_written_total": ("counter", set()),
     "ckptd_clock_skew_seconds": ("gauge", set()),
     "ckptd_certificate_expiry_timestamp_seconds": ("gauge", set()),
+    "ckptd_pending_checkpoints": ("gauge", set()),
+    "ckptd_checkpoint_time_to_protected_seconds": ("histogram", set()),
+    "ckptd_unprotected_seconds": ("gauge", set()),
+    "ckptd_unprotected_steps": ("gauge", set()),
+    "ckptd_checkpoints": ("gauge", {"state"}),
     "ckptd_build_info": ("gauge", {"version", "python"}),
 }
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -58,6 +63,9 @@ def use_everything(metrics: Metrics) -> None:
     metrics.transfer("sent", "pi2", 1000, 0.5)
     metrics.sample_store(used_bytes=1, capacity_bytes=9, free_bytes=5, read_only=False)
     metrics.clock_skew("pi2", 0.25)
+    metrics.expect_protection()
+    metrics.sample_pending(2, 12.5, 500)
+    metrics.checkpoints({"protected": 3, "pending": 1})
     metrics.certificate_expiry(2e9)
 
 
@@ -212,3 +220,31 @@ def test_the_reference_lists_every_metric_as_it_is() -> None:
     assert documented == PUBLISHED
     kinds = set(module.TRANSFER_ERROR_KINDS + module.RETRY_KINDS + module.STORE_FAILURE_KINDS)
     assert set(re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)) - set(PUBLISHED) == kinds
+
+
+def test_what_a_coordinator_tells(metrics: Metrics) -> None:
+    assert value(metrics, "checkpoint_time_to_protected_seconds_count") is None
+    metrics.expect_protection()
+    metrics.expect_protection()
+    assert value(metrics, "checkpoint_time_to_protected_seconds_count") == 0
+    metrics.protected(4.0)
+    metrics.protected(-1.0)  # its clock was set back meanwhile
+    assert value(metrics, "checkpoint_time_to_protected_seconds_count") == 2
+    assert value(metrics, "checkpoint_time_to_protected_seconds_sum") == 4.0
+    metrics.sample_pending(2, 12.5, 500)
+    assert value(metrics, "pending_checkpoints") == 2
+    assert value(metrics, "unprotected_seconds") == 12.5
+    assert value(metrics, "unprotected_steps") == 500
+    metrics.sample_pending(0, 0.0, None)
+    assert value(metrics, "unprotected_steps") is None
+
+
+def test_only_the_steward_tells_the_states_of_all_versions(metrics: Metrics) -> None:
+    metrics.checkpoints(None)
+    assert value(metrics, "checkpoints", state="protected") is None
+    metrics.checkpoints({"protected": 3, "degraded": 0})
+    assert value(metrics, "checkpoints", state="protected") == 3
+    metrics.checkpoints({"protected": 2, "degraded": 1})
+    assert value(metrics, "checkpoints", state="degraded") == 1
+    metrics.checkpoints(None)
+    assert value(metrics, "checkpoints", state="protected") is None
