@@ -9,7 +9,8 @@
     │   ├── NotFound               no such checkpoint, version, file, tensor or node
     │   ├── SourceRefused          a source file cannot be stored (kind, header, torn)
     │   │   └── HeaderInvalid      a safetensors header is not valid
-    │   └── SourceChanged          the source changed while it was read: try again later
+    │   ├── SourceChanged          the source changed while it was read: try again later
+    │   └── RootUnreadable         a watched root cannot be read: try again later
     ├── NoRoom                     the store's room above the reserve does not suffice (exit 1)
     ├── MediumFailed               the disk below the store fails: the node takes no more work
     ├── StoreOperationFailed       a file of the store cannot be used, though its disk works
@@ -103,6 +104,10 @@ class HeaderInvalid(SourceRefused):
 
 class SourceChanged(Refused):
     kind = "source_changed"
+
+
+class RootUnreadable(Refused):
+    kind = "root_unreadable"
 
 
 class NoRoom(CkptdError):

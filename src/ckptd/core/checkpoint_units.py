@@ -50,6 +50,7 @@ class Kind(IntEnum):
     DIRECTORY_LINK = 3
     DANGLING_LINK = 4
     SPECIAL = 5
+    UNREADABLE = 6
 
 
 class Entry(Struct, frozen=True, gc=False):
@@ -167,8 +168,9 @@ def find_units(snapshot: Snapshot, *, prefix: str = "", pattern: str = "") -> Un
     within a part of the path, `**` for any number of parts) replaces recognition by content."""
     fits = _compiled(pattern) if pattern else None
     found: list[Unit] = []
-    _collect(snapshot, fits, found)
-    units, refused = [], []
+    refused: list[RefusedUnit] = []
+    _collect(snapshot, fits, found, refused)
+    units = []
     for unit in sorted(found, key=lambda unit: unit.path):
         name = join(prefix, unit.path) if unit.path else prefix
         try:
@@ -176,7 +178,7 @@ def find_units(snapshot: Snapshot, *, prefix: str = "", pattern: str = "") -> Un
         except NameRefused as error:
             reason = error.message if name else "the root itself needs watch[].prefix as its name"
             refused.append(RefusedUnit(unit.path, reason))
-    return Units(units, refused)
+    return Units(units, sorted(refused, key=lambda unit: unit.path))
 
 
 def members(snapshot: Snapshot, unit: Unit) -> Members | None:
@@ -212,7 +214,12 @@ def members(snapshot: Snapshot, unit: Unit) -> Members | None:
     )
 
 
-def _collect(snapshot: Snapshot, fits: Callable[[str], bool] | None, found: list[Unit]) -> None:
+def _collect(
+    snapshot: Snapshot,
+    fits: Callable[[str], bool] | None,
+    found: list[Unit],
+    unreadable: list[RefusedUnit],
+) -> None:
     if _is_marked(snapshot, ""):
         found.append(Unit("", "", "directory"))
         return
@@ -229,8 +236,10 @@ def _collect(snapshot: Snapshot, fits: Callable[[str], bool] | None, found: list
                     found.append(unit)
                 if unit is None or unit.splits:
                     pending.append((path, inside or unit is not None))
-            elif entry.is_file and _is_file_unit(path, fits):
+            elif entry.is_file and not inside and _is_file_unit(path, fits):
                 found.append(Unit(path, "", "file"))
+            elif entry.kind is Kind.UNREADABLE and not inside:
+                unreadable.append(RefusedUnit(path, "cannot be read, or lies too deep"))
 
 
 def _directory_unit(

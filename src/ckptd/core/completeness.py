@@ -199,6 +199,8 @@ def _not_storable(members: Members) -> Iterator[str]:
     for path, entry in members.entries.items():
         if entry.kind is Kind.DANGLING_LINK:
             yield f"{_shown(path)} is a link to nothing: remove it, or bring back what it leads to"
+        elif entry.kind is Kind.UNREADABLE:
+            yield f"{_shown(path)} cannot be read, or lies too deep"
         elif entry.kind is Kind.SPECIAL:
             yield f"{_shown(path)} is a device, fifo or socket: move it out of the checkpoint"
 

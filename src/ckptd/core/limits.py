@@ -178,6 +178,7 @@ REMEMBER_SELF_INTERVAL_S: Final = 10.0  # between two looks whether others know 
 WATCHED_ENTRIES_MAX: Final = 500_000  # files and directories below one root
 WATCHED_DEPTH_MAX: Final = 64
 WATCHED_CHECKPOINTS_MAX: Final = 20_000  # of all roots
+EXAMINED_CHECKPOINTS_MAX: Final = 256  # what their files say is kept while they wait
 PENDING_ROWS_MAX: Final = 1000
 EVENTS_WAITING_MAX: Final = 10_000  # paths; what is beyond is found by the next scan
 WEIGHT_INDEX_MAX_BYTES: Final = 32 * MIB  # the index of a sharded model, with 250,000 tensors

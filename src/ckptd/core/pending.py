@@ -331,6 +331,12 @@ class PendingQueue:
             tracked.assessment.warnings,
         )
 
+    def put_back(self, key: Key, now: float) -> None:
+        """It was taken, but is not what was looked at any more: look again (`seen`, `assessed`)."""
+        tracked = self._ended(key)
+        if tracked is not None:
+            tracked.phase, tracked.look_at = "settling", now
+
     def stored(self, key: Key, now: float) -> None:
         """The store that `take` began has ended well, or found that nothing is to be stored (the
         content was removed on purpose). What changed meanwhile is pending again."""
