@@ -15,6 +15,7 @@ from typing import Final
 
 import structlog
 
+from ckptd.client.source import Source
 from ckptd.core import limits
 
 _log = structlog.get_logger(__name__)
@@ -40,19 +41,21 @@ class ContentMemory:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, place: str, fingerprint: bytes) -> str | None:
-        """The content id of the checkpoint at `place` (its absolute path) when its fingerprint is
-        the one that it was read with."""
-        key = _key(place, fingerprint)
+    def get(self, source: Source) -> str | None:
+        """The content id of a source that is what it was when its content was last told."""
+        key = fingerprint_of(source)
         found = self._entries.get(key)
         if found is None:
             return None
         self._entries.move_to_end(key)
         return found.hex()
 
-    def put(self, place: str, fingerprint: bytes, content_id: str) -> None:
-        """The checkpoint at `place` held this when it had this fingerprint."""
-        key, value = _key(place, fingerprint), bytes.fromhex(content_id)
+    def put(self, source: Source, content_id: str) -> None:
+        """This is what the source holds. One whose times are too fresh is not remembered: its
+        next change may leave them as they are."""
+        if any(source.is_racy(file) for file in source.files):
+            return
+        key, value = fingerprint_of(source), bytes.fromhex(content_id)
         if self._entries.get(key) != value:
             self._entries[key] = value
             self._changed = True
@@ -106,7 +109,23 @@ class ContentMemory:
         return empty
 
 
-def _key(place: str, fingerprint: bytes) -> bytes:
-    hashed = hashlib.sha256(len(fingerprint).to_bytes(2, "big") + fingerprint)
-    hashed.update(place.encode("utf-8", "surrogateescape"))
+def fingerprint_of(source: Source) -> bytes:
+    """32 bytes that change whenever a source moves, or anything in it changes, as far as stat(2)
+    shows it."""
+    hashed = hashlib.sha256(b"ckptd-fingerprint-v1")
+
+    def add(*fields: object) -> None:
+        for field in fields:
+            raw = str(field).encode("utf-8", "surrogateescape")
+            hashed.update(len(raw).to_bytes(4, "big") + raw)
+
+    add(source.root, source.unit)
+    for file in source.files:
+        print_ = file.fingerprint
+        add("file", file.path, file.mode, print_.device, print_.inode, print_.size)
+        add(print_.mtime_ns, print_.ctime_ns)
+    for directory in source.directories:
+        add("directory", directory.path, directory.mode)
+    for link in source.symlinks:
+        add("symlink", link.path, link.target)
     return hashed.digest()

@@ -23,28 +23,21 @@ from ckptd.client.store import StoreResult, store_source
 from ckptd.coordinator.content_memory import ContentMemory
 from ckptd.coordinator.link import Link
 from ckptd.core.catalogue import Catalogue
+from ckptd.core.training_state import TrainingState
 from ckptd.errors import NotFound, SourceChanged
 
 _log = structlog.get_logger(__name__)
 
 
-class Training(Struct, frozen=True):
-    """What the training says of a checkpoint."""
-
-    step: int | None = None
-    metrics: dict[str, float] = {}
-
-
 class Candidate(Struct, frozen=True):
-    """A checkpoint to store. `look` returns the fingerprint that it has now (None when it is
-    gone), `read_training` what the training says of it; both block on the disk."""
+    """A checkpoint to store, that was found complete. `is_unchanged` says whether it still is what
+    was found then; it blocks on the disk."""
 
     name: str
     path: Path
-    fingerprint: bytes
     excluded: frozenset[str]
-    look: Callable[[], bytes | None]
-    read_training: Callable[[], Training]
+    training: TrainingState
+    is_unchanged: Callable[[], bool]
 
 
 class Outcome(Struct, frozen=True):
@@ -63,28 +56,24 @@ async def store_candidate(
     Raises SourceChanged when it is not any more, or does not stay, what was found complete;
     SourceRefused, NoRoom, NotEnoughNodes as a store does.
     """
-    place = str(candidate.path)
     catalogue = await link.catalogue()
-    known = memory.get(place, candidate.fingerprint)
-    if known is not None and _is_settled(catalogue, candidate.name, known):
-        return Outcome(None, 0)
     source = await asyncio.to_thread(_scan, candidate)
+    known = memory.get(source)
     if known is None and _may_be_known(catalogue, candidate.name, source):
         known = await _read(source)
-        _remember(memory, candidate, source, known)
-        if _is_settled(catalogue, candidate.name, known):
-            await asyncio.to_thread(memory.save)
-            return Outcome(None, 0)
-    training = await asyncio.to_thread(candidate.read_training)
+        memory.put(source, known)
+    if known is not None and _is_settled(catalogue, candidate.name, known):
+        await asyncio.to_thread(memory.save)
+        return Outcome(None, 0)
     result = await store_source(
         await link.cluster(),
         source,
         name=candidate.name,
-        step=training.step,
-        metrics=training.metrics,
+        step=candidate.training.step,
+        metrics=candidate.training.metrics,
         progress=progress,
     )
-    _remember(memory, candidate, source, result.content_id)
+    memory.put(source, result.content_id)
     await asyncio.to_thread(memory.save)
     return Outcome(result, _newest_change_ns(source))
 
@@ -95,8 +84,8 @@ def _scan(candidate: Candidate) -> Source:
         source = scan(candidate.path, excluded=candidate.excluded)
     except NotFound as error:
         raise SourceChanged(f"{candidate.path} is not there any more") from error
-    # Whoever finds the same fingerprint before and after the scan knows what the scan saw.
-    if candidate.look() != candidate.fingerprint:
+    # What is the same before and after the scan is what the scan saw.
+    if not candidate.is_unchanged():
         raise SourceChanged(f"{candidate.path} changed after it was found complete")
     return source
 
@@ -128,12 +117,6 @@ def _may_be_known(catalogue: Catalogue, name: str, source: Source) -> bool:
     if newest is not None and (newest.size, newest.files) == (source.size, len(source.files)):
         return True
     return catalogue.has_dead(name)
-
-
-def _remember(memory: ContentMemory, candidate: Candidate, source: Source, content_id: str) -> None:
-    # Times that are too fresh prove nothing: the next change may leave them as they are.
-    if not any(source.is_racy(file) for file in source.files):
-        memory.put(str(candidate.path), candidate.fingerprint, content_id)
 
 
 def _newest_change_ns(source: Source) -> int:

@@ -64,9 +64,12 @@ class _Root:
 @dataclass(frozen=True)
 class Taken:
     """A checkpoint to store now, under `name`. `excluded` paths, relative to `location`, are no
-    part of it; `warnings` are for people; `state` is its step and metrics."""
+    part of it; `warnings` are for people; `state` is its step and metrics. `fingerprint` is the
+    one of `unit` when it was taken."""
 
     key: Key
+    unit: Unit
+    fingerprint: bytes
     name: str
     location: Path
     excluded: frozenset[str]
@@ -242,6 +245,8 @@ class Watcher:
             return None
         return Taken(
             key=job.key,
+            unit=job.unit,
+            fingerprint=job.fingerprint,
             name=job.unit.name,
             location=Path(job.key.root, job.unit.path),
             # Directories of their own may have come since; they do not count as changes.
@@ -249,6 +254,14 @@ class Watcher:
             warnings=job.warnings,
             state=read_training_state(job.key, job.unit, content),
         )
+
+    def is_unchanged(self, taken: Taken) -> bool:
+        """Whether a checkpoint still is what it was when it was taken. Blocks on the disk."""
+        try:
+            content = self._members(self._roots[taken.key.root], taken.unit)
+        except RootUnreadable:
+            return False
+        return content is not None and content.fingerprint() == taken.fingerprint
 
     def stored(self, key: Key) -> None:
         """It is stored, or its content is not to be stored (it was removed on purpose)."""
