@@ -37,6 +37,7 @@ from ckptd.core.headers import (
 )
 from ckptd.core.identity import Identity, Role
 from ckptd.core.names import Selector, check_name, parse_selector
+from ckptd.core.training_state import best_of, is_finite, shown_metrics
 from ckptd.errors import DocumentRefused, NameRefused, NotFound
 
 _SUGGESTIONS_MAX: Final = 5
@@ -262,9 +263,12 @@ class Catalogue:
         return self._newest_first(name for name in self._versions if run_of(name) == run)
 
     def latest(self, run: str, *, accept: Accept | None = None) -> VersionHeader | None:
-        """The newest live version of a run that `accept` takes (None: any)."""
+        """The newest live version of a run that `accept` takes (None: any). Never one that was stored
+        with a loss that is not finite."""
         versions = self.run_versions(run)
-        return next((v for v in versions if accept is None or accept(v)), None)
+        return next(
+            (v for v in versions if is_finite(v.metrics) and (accept is None or accept(v))), None
+        )
 
     def _newest_first(self, names: Iterable[str]) -> list[VersionHeader]:
         return sorted((v for name in names for v in self.versions(name)), key=age_of, reverse=True)
@@ -320,7 +324,8 @@ class Catalogue:
     ) -> VersionHeader:
         """The version that NAME, NAME@PREFIX, RUN@latest or RUN@best means.
 
-        `best` is the metric that decides RUN@best, and whether its minimum or maximum is wanted.
+        `best` is the metric that decides RUN@best, and whether its minimum or maximum is wanted;
+        without it, what the trainer itself looks for, in the newest version that records that.
         `accept` narrows RUN@latest and RUN@best, which mean complete versions. With
         `include_dead`, NAME and NAME@PREFIX find removed versions too. Raises NameRefused when
         the text has none of these forms, NotFound when it fits no version or several.
@@ -368,7 +373,8 @@ class Catalogue:
 
     def _by_best(self, run: str, best: Best | None, accept: Accept | None) -> VersionHeader:
         versions = self._known_run(run)
-        recorded = sorted({metric for version in versions for metric in version.metrics})
+        best = best or next(filter(None, (best_of(v.metrics) for v in versions)), None)
+        recorded = sorted({m for version in versions for m in shown_metrics(version.metrics)})
         listing = f"recorded metrics: {', '.join(recorded)}" if recorded else "none is recorded"
         if best is None:
             raise NotFound(
@@ -381,6 +387,7 @@ class Catalogue:
             (sign * version.metrics[metric], age_of(version), version)
             for version in versions
             if not math.isnan(version.metrics.get(metric, math.nan))
+            and is_finite(version.metrics)
             and (accept is None or accept(version))
         ]
         if not found:

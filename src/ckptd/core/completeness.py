@@ -181,7 +181,7 @@ def _numbers(members: Members) -> Iterator[str]:
                 yield f"{_shown(expected)} is not there yet"
         index = f"{stem}{suffix}.index.json"
         indexed = stem.rpartition("/")[2] in _INDEXED_STEMS and suffix in _INDEXED_SUFFIXES
-        if indexed and not _is_file(members, index):
+        if indexed and int(count) > 1 and not _is_file(members, index):
             yield f"{_shown(index)} is not there yet"
 
 

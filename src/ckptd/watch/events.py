@@ -7,6 +7,7 @@ that reports nothing) the periodic scans find everything, only later.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from typing import Final
 
@@ -16,6 +17,8 @@ from watchdog.observers import Observer
 from watchdog.observers.api import BaseObserver, ObservedWatch
 
 _log = structlog.get_logger(__name__)
+# Directories made faster than they are followed: it says so on stderr, and goes on rightly.
+warnings.filterwarnings("ignore", category=RuntimeWarning, module=r"watchdog\.")
 _READ_ONLY: Final = frozenset({"opened", "closed_no_write"})
 
 OnEvent = Callable[[str, str], None]

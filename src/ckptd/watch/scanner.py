@@ -12,7 +12,16 @@ import stat
 from typing import Final
 
 from ckptd.core import limits
-from ckptd.core.checkpoint_units import Entry, Kind, Snapshot, is_own_leftover, join
+from ckptd.core.checkpoint_units import (
+    Entry,
+    Kind,
+    Members,
+    Snapshot,
+    Unit,
+    is_own_leftover,
+    join,
+    members,
+)
 from ckptd.errors import RootUnreadable
 
 _GONE: Final = (errno.ENOENT, errno.ENOTDIR)
@@ -58,15 +67,17 @@ class RootScanner:
             self._check_mounted(device, snapshot)
         return snapshot
 
-    def file(self, path: str) -> Entry | None:
-        """The entry of one file in the root, None when there is none. Raises RootUnreadable."""
+    def members(self, unit: Unit) -> Members | None:
+        """What belongs to a unit now, None when it is not there. Raises RootUnreadable."""
+        if unit.kind == "directory":
+            return members(self.scan(unit.path), unit)
         self._check_root()
-        location = join(self.root, path)
+        location = join(self.root, unit.path)
         try:
-            seen = os.lstat(location)
+            entry = _seen(location, os.lstat(location))
         except OSError:
             return None
-        return _seen(location, seen)
+        return Members({unit.path.rpartition("/")[2]: entry}) if entry.is_file else None
 
     def _check_root(self) -> int:
         try:

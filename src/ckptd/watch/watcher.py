@@ -26,7 +26,7 @@ from ckptd.core.checkpoint_units import (
     members,
 )
 from ckptd.core.completeness import assess
-from ckptd.core.pending import Job, Key, PendingQueue, Phase, Row, Sighting, Timing
+from ckptd.core.pending import Key, PendingQueue, Phase, Row, Sighting, Timing
 from ckptd.core.training_state import TrainingState
 from ckptd.errors import RootUnreadable
 from ckptd.watch.events import RootEvents
@@ -63,18 +63,25 @@ class _Root:
 
 @dataclass(frozen=True)
 class Taken:
-    """A checkpoint to store now, under `name`. `excluded` paths, relative to `location`, are no
-    part of it; `warnings` are for people; `state` is its step and metrics. `fingerprint` is the
-    one of `unit` when it was taken."""
+    """A checkpoint to store now. `excluded` paths, relative to it, are no part of it; `warnings`
+    are for people; `state` is its step and metrics."""
 
     key: Key
     unit: Unit
     fingerprint: bytes
-    name: str
-    location: Path
     excluded: frozenset[str]
     warnings: tuple[str, ...]
     state: TrainingState
+
+    @property
+    def name(self) -> str:
+        """What it is stored as."""
+        return self.unit.name
+
+    @property
+    def location(self) -> Path:
+        """Where it lies."""
+        return Path(self.key.root, self.unit.path)
 
 
 class Watcher:
@@ -186,7 +193,7 @@ class Watcher:
             return
         root = self._roots[key.root]
         try:
-            content = self._members(root, unit)
+            content = root.scanner.members(unit)
         except RootUnreadable as error:
             self._root_failed(root, error)
             return
@@ -211,12 +218,6 @@ class Watcher:
             )
             self._queue.assessed(key, sighting.fingerprint, assessment, now)
 
-    def _members(self, root: _Root, unit: Unit) -> Members | None:
-        if unit.kind == "directory":
-            return members(root.scanner.scan(unit.path), unit)
-        entry = root.scanner.file(unit.path)
-        return Members({unit.path.rpartition("/")[2]: entry}) if entry and entry.is_file else None
-
     # -- storing
 
     def take(self) -> Taken | None:
@@ -227,41 +228,34 @@ class Watcher:
                 job = self._queue.take(self._clock())
             if job is None:
                 return None
-            taken = self._checked(job)
-            if taken is not None:
-                return taken
+            content = self._now(job.key, job.unit)
+            if content is not None and content.fingerprint() == job.fingerprint:
+                return Taken(
+                    key=job.key,
+                    unit=job.unit,
+                    fingerprint=job.fingerprint,
+                    # Directories of their own may have come since; they are no change of it.
+                    excluded=job.excluded | content.excluded,
+                    warnings=job.warnings,
+                    state=read_training_state(job.key, job.unit, content),
+                )
             with self._lock:
                 self._queue.put_back(job.key, self._clock())
             self._look(job.key)
         return None
 
-    def _checked(self, job: Job) -> Taken | None:
-        """None unless the checkpoint is still what was found complete."""
-        try:
-            content = self._members(self._roots[job.key.root], job.unit)
-        except RootUnreadable:
-            return None
-        if content is None or content.fingerprint() != job.fingerprint:
-            return None
-        return Taken(
-            key=job.key,
-            unit=job.unit,
-            fingerprint=job.fingerprint,
-            name=job.unit.name,
-            location=Path(job.key.root, job.unit.path),
-            # Directories of their own may have come since; they do not count as changes.
-            excluded=job.excluded | content.excluded,
-            warnings=job.warnings,
-            state=read_training_state(job.key, job.unit, content),
-        )
-
     def is_unchanged(self, taken: Taken) -> bool:
-        """Whether a checkpoint still is what it was when it was taken. Blocks on the disk."""
-        try:
-            content = self._members(self._roots[taken.key.root], taken.unit)
-        except RootUnreadable:
+        """Whether it still is what was found complete. Blocks on the disk."""
+        content = self._now(taken.key, taken.unit)
+        if content is None or content.fingerprint() != taken.fingerprint:
             return False
-        return content is not None and content.fingerprint() == taken.fingerprint
+        return content.excluded <= taken.excluded
+
+    def _now(self, key: Key, unit: Unit) -> Members | None:
+        try:
+            return self._roots[key.root].scanner.members(unit)
+        except RootUnreadable:
+            return None
 
     def stored(self, key: Key) -> None:
         """It is stored, or its content is not to be stored (it was removed on purpose)."""
