@@ -263,8 +263,8 @@ class Catalogue:
         return self._newest_first(name for name in self._versions if run_of(name) == run)
 
     def latest(self, run: str, *, accept: Accept | None = None) -> VersionHeader | None:
-        """The newest live version of a run that `accept` takes (None: any). Never one that was stored
-        with a loss that is not finite."""
+        """The newest live version of a run that `accept` takes (None: any). Never one that was
+        stored with a loss that is not finite."""
         versions = self.run_versions(run)
         return next(
             (v for v in versions if is_finite(v.metrics) and (accept is None or accept(v))), None
