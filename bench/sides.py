@@ -69,7 +69,8 @@ class CkptdSide:
 
     def start(self) -> None:
         self._directory.mkdir(parents=True, exist_ok=True)
-        self.cluster.up(WORKERS, [f"replication.copies={COPIES}", *self._settings])
+        settings = [f"replication.copies={COPIES}", *self._settings]
+        self.cluster.up(WORKERS, settings, coordinator=False)
 
     def stop(self) -> None:
         if self.cluster.directory.exists():

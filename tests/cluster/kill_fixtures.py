@@ -48,12 +48,14 @@ class Finished:
 
 @dataclass
 class BreakableCluster:
-    """An embedded cluster whose daemons can be killed one by one."""
+    """An embedded cluster whose daemons can be killed one by one. It watches nothing unless it has
+    a coordinator."""
 
     directory: Path
     count: int = 4
     settings: Sequence[str] = (f"replication.shard_size={SHARD_SIZE // 1024}KiB",)
     environment: Mapping[str, str] = field(default_factory=dict)
+    coordinator: bool = False
 
     def __post_init__(self) -> None:
         self.local = LocalCluster(self.directory)
@@ -67,7 +69,7 @@ class BreakableCluster:
         before = {key: os.environ.get(key) for key in self.environment}
         os.environ.update(self.environment)
         try:
-            self.local.up(self.count, self.settings)
+            self.local.up(self.count, self.settings, coordinator=self.coordinator)
         finally:
             for key, value in before.items():
                 if value is None:
@@ -192,7 +194,7 @@ def breakable_cluster(directory: Path, **options: Any) -> Iterator[BreakableClus
         cluster.up()
         yield cluster
     finally:
-        cluster.kill(*cluster.running())
+        cluster.kill("coordinator", *cluster.running())
         shutil.rmtree(directory, ignore_errors=True)
 
 

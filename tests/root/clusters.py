@@ -54,7 +54,7 @@ class DaemonCluster:
     def up(self) -> None:
         """Starts whatever is not running. CkptdError with the end of a node's log when one does
         not start."""
-        self.local.up(self._count, self._settings)
+        self.local.up(self._count, self._settings, coordinator=False)
 
     def down(self) -> None:
         """Stops all daemons; those that a test has stopped by SIGSTOP are woken for it."""

@@ -102,14 +102,16 @@ class LocalCluster:
     def watch_root(self) -> Path:
         return self.directory / "watch"
 
-    def up(self, count: int, settings: Sequence[str] = ()) -> list[LocalNode]:
+    def up(
+        self, count: int, settings: Sequence[str] = (), *, coordinator: bool = True
+    ) -> list[LocalNode]:
         """Makes what is missing, starts what is not running, and waits until all serve. Returns the
         workers.
 
         `settings` are KEY=VALUE, with dotted keys of the config, for every node and the client;
-        they are kept for later calls, and nodes whose config they change are restarted. Raises
-        UsageError, ConfigError, or CkptdError with the last lines of the log of a node that does
-        not start.
+        they are kept for later calls, and nodes whose config they change are restarted. Without
+        `coordinator` none is made, and nothing watches. Raises UsageError, ConfigError, or
+        CkptdError with the last lines of the log of a node that does not start.
         """
         if not 1 <= count <= NODES_MAX:
             raise UsageError(f"--nodes takes 1 to {NODES_MAX}, not {count}")
@@ -117,7 +119,7 @@ class LocalCluster:
         existing = self._node_ids()
         if existing and len(existing) > count:
             count = len(existing)
-        self._make(count, overrides)
+        self._make(count, overrides, coordinator or self.coordinator() is not None)
         self._settings.write_text(yaml.safe_dump(overrides), encoding="utf-8")
         starting = []
         for node in [*self.nodes(), *self._coordinators()]:
@@ -185,7 +187,7 @@ class LocalCluster:
         found = [entry.parent.name for entry in self.directory.glob("node*/ckptd.yml")]
         return sorted(found, key=lambda name: int(name.removeprefix("node")))
 
-    def _make(self, count: int, overrides: dict[str, Any]) -> None:
+    def _make(self, count: int, overrides: dict[str, Any], coordinator: bool) -> None:
         pki_directory = self.directory / "pki"
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not (pki_directory / "ca.pem").exists():
@@ -194,7 +196,7 @@ class LocalCluster:
             (self.directory / "recovery-code").write_text(code + "\n", encoding="ascii")
         self.watch_root.mkdir(exist_ok=True)
         ids = [f"node{number}" for number in range(1, count + 1)]
-        addresses = self._addresses([*ids, COORDINATOR])
+        addresses = self._addresses([*ids, COORDINATOR] if coordinator else ids)
         for node_id in addresses:
             role = Role.COORDINATOR if node_id == COORDINATOR else Role.WORKER
             if not (pki_directory / f"{node_id}.pem").exists():

@@ -44,6 +44,7 @@ class SleepInhibitor:
         self._arguments = arguments
         self._process: asyncio.subprocess.Process | None = None
         self._failed_at_s: float | None = None
+        self._told = False
 
     @property
     def held(self) -> bool:
@@ -52,7 +53,12 @@ class SleepInhibitor:
 
     async def hold(self) -> None:
         """Starts the tool unless it runs. That there is none, or that it fails, is no error."""
-        if self._arguments is None or self.held:
+        if self._arguments is None:
+            return
+        if self.held:
+            if not self._told:
+                self._told = True  # now that it did not end at once
+                _log.info("sleep_inhibited")
             return
         now_s = asyncio.get_running_loop().time()
         if self._process is not None:
@@ -76,13 +82,15 @@ class SleepInhibitor:
         except OSError as error:
             self._failed_at_s = now_s
             _log.warning("sleep_not_inhibited", reason=error.strerror)
-            return
-        _log.info("sleep_inhibited")
+        self._told = False
 
     async def release(self) -> None:
         """Lets the machine sleep again; waits until the tool has ended."""
         process, self._process = self._process, None
-        if process is None or process.returncode is not None:
+        if process is None:
+            return
+        if process.returncode is not None:
+            self._failed_at_s = asyncio.get_running_loop().time()
             return
         assert process.stdin is not None
         process.stdin.close()
@@ -95,4 +103,5 @@ class SleepInhibitor:
         except TimeoutError:
             process.kill()
             await process.wait()
-        _log.info("sleep_allowed")
+        if self._told:
+            _log.info("sleep_allowed")

@@ -1,0 +1,460 @@
+"""Watching: real daemons, files written as trainers and copying tools write them.
+
+What a test may say of a cluster it reads from the commands that users type, and from the nodes'
+disks: a shard byte that was sent is a shard on a disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.cluster.kill_fixtures import (
+    BreakableCluster,
+    breakable_cluster,
+    make_checkpoint,
+    wait_until,
+    write_safetensors,
+)
+
+SETTLE_S = 0.5
+RETRY_S = 0.5
+SETTINGS = (
+    "replication.shard_size=256KiB",
+    f"watch.settle={int(SETTLE_S * 1000)}ms",
+    "watch.settle_max=4s",
+    f"watch.retry={int(RETRY_S * 1000)}ms",
+)
+PROTECTED_S = 15.0
+"""Within this a checkpoint is to be protected once its last byte is there."""
+
+
+class Watched(BreakableCluster):
+    """A cluster with a coordinator."""
+
+    @property
+    def root(self) -> Path:
+        return self.local.watch_root
+
+    def status(self) -> dict[str, Any]:
+        return self.command("status").document
+
+    def pending(self, path: Path) -> dict[str, Any] | None:
+        """What `ckptd status` says of a checkpoint that waits."""
+        found = [row for row in self.status()["pending"] if row["path"] == str(path)]
+        return found[0] if found else None
+
+    def rows(self, run: str) -> dict[str, dict[str, Any]]:
+        """What `ckptd ls RUN` lists, by name."""
+        found = self.command("ls", run).document.get("checkpoints", [])
+        return {row["name"]: row for row in found}
+
+    def versions(self, name: str) -> list[str]:
+        """The live versions of a name, newest first."""
+        found = self.command("show", name)
+        return [version["version"] for version in found.document.get("versions", [])]
+
+    def is_protected(self, name: str) -> bool:
+        return self.rows(name).get(name, {}).get("state") == "protected"
+
+    def wait_protected(self, name: str, *, timeout_s: float = PROTECTED_S) -> None:
+        wait_until(lambda: self.is_protected(name), f"{name} to be protected", timeout_s=timeout_s)
+
+    def log(self) -> list[dict[str, Any]]:
+        text = (self.directory / "coordinator" / "node.log").read_text()
+        return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+
+    def stored_events(self, name: str) -> list[dict[str, Any]]:
+        return [
+            line
+            for line in self.log()
+            if line["event"] == "checkpoint_stored" and line["name"] == name
+        ]
+
+    def metrics(self) -> dict[str, float]:
+        described = self.local.describe()["coordinator"]
+        with urllib.request.urlopen(described["metrics_url"], timeout=5) as answer:
+            lines = answer.read().decode().splitlines()
+        samples = (line.rpartition(" ") for line in lines if line and not line.startswith("#"))
+        return {name: float(value) for name, _, value in samples}
+
+    def rest(self) -> None:
+        """Waits until the whole root was scanned three times more, and nothing is to be done.
+
+        Each time something is laid there that only a scan of the root can find.
+        """
+        for number in range(3):
+            found = self.root / f"found-by-scan-{number}"
+            found.mkdir()
+            (found / "model.safetensors").write_bytes(b"not whole")
+            wait_until(lambda path=found: self.pending(path) is not None, "a scan")  # type: ignore[misc]
+            shutil.rmtree(found)
+        wait_until(lambda: not self.status()["pending"], "nothing to be pending")
+
+    def disk(self) -> tuple[dict[str, set[str]], set[str]]:
+        """All shards and all manifests on the disks of the workers."""
+        manifests: set[str] = set()
+        for number in range(1, self.count + 1):
+            manifests |= self.manifests(f"node{number}")
+        return self.all_shards(), manifests
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """Three workers and a coordinator for this module; who kills, brings back."""
+    directory = tmp_path_factory.mktemp("watched") / "local"
+    cluster = Watched(directory, count=3, settings=SETTINGS, coordinator=True)
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.kill("coordinator", *cluster.running())
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def put(source: Path, target: Path) -> None:
+    """Appears whole, as by a rename."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(source, target)
+
+
+# -- copied slowly
+
+
+@pytest.mark.parametrize("how", [[], ["--inplace"]], ids=["plain", "inplace"])
+def test_nothing_is_stored_before_a_slow_copy_is_whole(
+    watched: Watched, tmp_path: Path, how: list[str]
+) -> None:
+    run = f"copied{len(how)}"
+    source = make_checkpoint(tmp_path / "model", run, size=6_000_000)
+    target = watched.root / run / "step-1"
+    target.parent.mkdir()
+    before = watched.disk()
+    with subprocess.Popen(
+        ["rsync", "-a", "--bwlimit=1500", *how, f"{source}/", f"{target}/"]
+    ) as copy:
+        reasons = set()
+        while copy.poll() is None:
+            waiting = watched.pending(target)
+            now = watched.disk()
+            if copy.poll() is None:
+                assert now == before, "something was stored before the copy was whole"
+                if waiting is not None:
+                    assert waiting["since"] and waiting["state"] == "pending"
+                    reasons.add(waiting["reason"])
+    assert copy.returncode == 0
+    ended_s = time.monotonic()
+    assert any("safetensors" in reason or "optimizer.pt" in reason for reason in reasons), reasons
+    watched.wait_protected(f"{run}/step-1")
+    assert time.monotonic() - ended_s < PROTECTED_S
+    assert watched.comes_back(f"{run}/step-1", source)
+    assert len(watched.versions(f"{run}/step-1")) == 1
+
+
+def test_the_reason_tells_file_and_size(watched: Watched, tmp_path: Path) -> None:
+    target = watched.root / "reason" / "step-5"
+    target.mkdir(parents=True)
+    write_safetensors(tmp_path / "whole", {"weight": random.Random(1).randbytes(2_000_000)})
+    whole = (tmp_path / "whole").read_bytes()
+    (target / "model.safetensors").write_bytes(whole[:1_200_000])
+    wait_until(lambda: watched.pending(target) is not None, "the checkpoint to be seen")
+    wait_until(
+        lambda: "model.safetensors has 1.2 of 2.0 MB" in (watched.pending(target) or {})["reason"],
+        "the reason to be told",
+    )
+    assert watched.status()["checkpoints"]["pending"] == 1
+    row = watched.rows("reason")["reason/step-5"]
+    assert (row["state"], row["version"], row["step"]) == ("pending", None, 5)
+    assert watched.metrics()["ckptd_pending_checkpoints"] == 1
+    assert watched.metrics()["ckptd_unprotected_seconds"] > 0
+    (target / "model.safetensors").write_bytes(whole)
+    watched.wait_protected("reason/step-5")
+    assert watched.rows("reason")["reason/step-5"]["step"] == 5
+    assert watched.metrics()["ckptd_pending_checkpoints"] == 0
+    assert watched.metrics()["ckptd_unprotected_seconds"] == 0
+    assert watched.metrics()["ckptd_checkpoint_time_to_protected_seconds_count"] >= 1
+
+
+def test_one_that_waits_blocks_no_other(watched: Watched, tmp_path: Path) -> None:
+    broken = watched.root / "aside" / "step-1"
+    broken.mkdir(parents=True)
+    (broken / "model.safetensors").write_bytes(b"\x10")
+    wait_until(lambda: watched.pending(broken) is not None, "the broken one to be seen")
+    put(make_checkpoint(tmp_path / "good", "aside"), watched.root / "aside" / "step-2")
+    watched.wait_protected("aside/step-2")
+    assert watched.pending(broken) is not None
+    shutil.rmtree(broken)
+    wait_until(lambda: watched.pending(broken) is None, "the broken one to be forgotten")
+
+
+# -- overwritten, deleted, brought back
+
+
+def test_the_last_of_many_overwrites_is_never_skipped(watched: Watched, tmp_path: Path) -> None:
+    name, latest = "often/latest", watched.root / "often" / "latest"
+    for number in range(15):
+        fresh = make_checkpoint(tmp_path / "fresh", f"often-{number}", size=200_000)
+        if number % 2:  # in place, file by file
+            shutil.copytree(fresh, latest, dirs_exist_ok=True)
+            shutil.rmtree(fresh)
+        else:  # renamed into place
+            if latest.exists():
+                os.rename(latest, tmp_path / "old")
+                shutil.rmtree(tmp_path / "old")
+            put(fresh, latest)
+    expected = make_checkpoint(tmp_path / "last", "often-14", size=200_000)
+    wait_until(lambda: not watched.status()["pending"], "all to be stored", timeout_s=PROTECTED_S)
+    watched.wait_protected(name)
+    assert watched.comes_back(name, expected)
+    versions = watched.versions(name)
+    watched.rest()
+    assert watched.versions(name) == versions
+
+
+def test_constant_change_is_read_consistently_after_settle_max(watched: Watched) -> None:
+    target = watched.root / "restless" / "step-1"
+    target.mkdir(parents=True)
+    stop = threading.Event()
+
+    def write() -> None:
+        number = 0
+        while not stop.is_set():
+            number += 1
+            write_safetensors(target / "next", {"weight": f"{number:08}".encode() * 1000})
+            os.rename(target / "next", target / "model.safetensors")
+            stop.wait(SETTLE_S / 2)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        watched.wait_protected("restless/step-1")
+    finally:
+        stop.set()
+        writer.join()
+    wait_until(lambda: not watched.status()["pending"], "the last one to be stored")
+    assert watched.comes_back("restless/step-1", target)
+
+
+def test_deleted_while_being_read(watched: Watched, tmp_path: Path) -> None:
+    target = watched.root / "gone" / "step-1"
+    put(make_checkpoint(tmp_path / "big", "gone", size=40_000_000), target)
+    wait_until(
+        lambda: (
+            "stored" in (watched.pending(target) or {"reason": ""})["reason"]
+            or watched.is_protected("gone/step-1")
+        ),
+        "the store to begin",
+    )
+    shutil.rmtree(target)
+    wait_until(lambda: watched.pending(target) is None, "it to be forgotten")
+    again = make_checkpoint(tmp_path / "again", "gone-again", size=400_000)
+    shutil.copytree(again, target)
+    wait_until(
+        lambda: (
+            bool(watched.stored_events("gone/step-1"))
+            and watched.is_protected("gone/step-1")
+            and watched.comes_back("gone/step-1", again)
+        ),
+        "the one that was made anew to be protected",
+    )
+
+
+def test_the_same_content_made_anew_is_not_stored_again(watched: Watched, tmp_path: Path) -> None:
+    name, target = "anew/step-7", watched.root / "anew" / "step-7"
+    source = make_checkpoint(tmp_path / "model", "anew", size=400_000)
+    shutil.copytree(source, target)
+    watched.wait_protected(name)
+    before = watched.disk()
+    shutil.rmtree(target)
+    shutil.copytree(source, target)
+    watched.rest()
+    assert watched.disk() == before
+    os.utime(target / "optimizer.pt")
+    watched.rest()
+    assert watched.disk() == before
+
+
+def test_what_is_restored_into_the_root_is_not_stored_again(
+    watched: Watched, tmp_path: Path
+) -> None:
+    name, target = "back/step-7", watched.root / "back" / "step-7"
+    put(make_checkpoint(tmp_path / "model", "back", size=400_000), target)
+    watched.wait_protected(name)
+    before = watched.disk()
+    shutil.rmtree(target)
+    assert watched.restore(name, target).verified
+    watched.rest()
+    assert watched.disk() == before
+
+
+def test_removed_on_purpose_stays_removed_until_it_is_stored_by_hand(
+    watched: Watched, tmp_path: Path
+) -> None:
+    name, target = "removed/step-1", watched.root / "removed" / "step-1"
+    put(make_checkpoint(tmp_path / "model", "removed", size=400_000), target)
+    watched.wait_protected(name)
+    assert watched.command("rm", name, "--yes").code == 0
+    before = watched.disk()
+    os.utime(target / "optimizer.pt")
+    watched.rest()
+    assert watched.disk() == before
+    assert watched.versions(name) == []
+    assert watched.command("store", target).document["name"] == name
+    assert watched.is_protected(name)
+
+
+def test_a_marker_skips_the_settling_and_is_no_part(watched: Watched, tmp_path: Path) -> None:
+    name, target = "marked/step-1", watched.root / "marked" / "step-1"
+    source = make_checkpoint(tmp_path / "model", "marked", size=400_000)
+    shutil.copytree(source, target)
+    (target / ".ckptd-done").touch()
+    watched.wait_protected(name)
+    assert watched.comes_back(name, source)
+
+
+def test_steps_and_metrics_come_from_the_trainer(watched: Watched, tmp_path: Path) -> None:
+    source = make_checkpoint(tmp_path / "model", "told", size=400_000)
+    history = [{"step": 500, "eval_loss": 0.25}]
+    (source / "trainer_state.json").write_text(
+        json.dumps({"global_step": 500, "log_history": history})
+    )
+    put(source, watched.root / "told" / "checkpoint-500")
+    watched.wait_protected("told/checkpoint-500")
+    row = watched.rows("told")["told/checkpoint-500"]
+    assert row["step"] == 500
+    assert row["metrics"]["eval_loss"] == 0.25
+
+
+# -- the coordinator's own deaths
+
+
+def test_a_restarted_coordinator_stores_nothing_again(watched: Watched, tmp_path: Path) -> None:
+    name = "restarted/step-1"
+    put(make_checkpoint(tmp_path / "model", "restarted", size=400_000), watched.root / name)
+    watched.wait_protected(name)
+    before = watched.disk()
+    watched.kill("coordinator")
+    watched.up()
+    watched.rest()
+    assert watched.disk() == before
+
+
+def test_a_wiped_coordinator_knows_everything_again(watched: Watched, tmp_path: Path) -> None:
+    name = "wiped/step-1"
+    put(make_checkpoint(tmp_path / "model", "wiped", size=400_000), watched.root / name)
+    watched.wait_protected(name)
+    before = watched.disk()
+    listed = {row["version"] for row in watched.command("ls").document["checkpoints"]}
+    watched.kill("coordinator")
+    shutil.rmtree(watched.directory / "coordinator" / "state")
+    watched.up()
+    watched.rest()
+    assert watched.disk() == before
+    assert {row["version"] for row in watched.command("ls").document["checkpoints"]} == listed
+    put(make_checkpoint(tmp_path / "next", "wiped-2", size=400_000), watched.root / "wiped/step-2")
+    watched.wait_protected("wiped/step-2")
+
+
+def test_killed_in_mid_store_it_sends_only_what_is_missing(
+    watched: Watched, tmp_path: Path
+) -> None:
+    name = "killed/step-1"
+    source = make_checkpoint(tmp_path / "model", "killed", size=60_000_000)
+    before = len(watched.all_shards())
+    put(source, watched.root / name)
+    wait_until(lambda: len(watched.all_shards()) > before + 8, "some shards to be sent")
+    watched.kill("coordinator")
+    sent = len(watched.all_shards()) - before
+    assert not watched.rows("killed"), "it was stored before it could be killed"
+    watched.up()
+    watched.wait_protected(name)
+    assert watched.comes_back(name, watched.root / name)
+    (stored,) = watched.stored_events(name)
+    assert stored["bytes_sent"] <= stored["bytes"] - (sent - 4) * 256 * 1024
+    assert len(watched.versions(name)) == 1
+
+
+def test_nodes_that_come_back_are_used(watched: Watched, tmp_path: Path) -> None:
+    name, target = "nobody/step-1", watched.root / "nobody" / "step-1"
+    watched.kill(*watched.running())
+    put(make_checkpoint(tmp_path / "model", "nobody", size=400_000), target)
+    described = watched.local.describe()["coordinator"]
+
+    def health() -> int:
+        try:
+            return int(
+                urllib.request.urlopen(
+                    described["metrics_url"].replace("metrics", "healthz"), timeout=5
+                ).status
+            )
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    wait_until(lambda: health() == 503, "the coordinator to notice")
+    watched.up()
+    watched.wait_protected(name, timeout_s=20)
+    assert health() == 200
+
+
+# -- staying awake
+
+
+def test_the_machine_is_kept_awake_as_long_as_something_is_pending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    tool = "caffeinate" if sys.platform == "darwin" else "systemd-inhibit"
+    holds = "sleep 600" if sys.platform == "darwin" else "cat"
+    (tools / tool).write_text(f'#!/bin/sh\necho "$$ $*" >> "{tmp_path}/calls"\nexec {holds}\n')
+    (tools / tool).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    settings = ["watch.settle=100ms", "watch.retry=1s"]
+    with breakable_cluster(
+        tmp_path / "local", count=2, settings=settings, coordinator=True
+    ) as cluster:
+        calls = tmp_path / "calls"
+        target = cluster.local.watch_root / "run" / "step-1"
+        target.mkdir(parents=True)
+        write_safetensors(tmp_path / "whole", {"weight": bytes(100_000)})
+        whole = (tmp_path / "whole").read_bytes()
+        (target / "model.safetensors").write_bytes(whole[:50_000])
+        wait_until(calls.exists, "the tool to be started")
+        pid = int(calls.read_text().split()[0])
+        assert _lives(pid)
+        (target / "model.safetensors").write_bytes(whole)
+        wait_until(lambda: not _lives(pid), "the machine to be let sleep")
+        (target / "model.safetensors").write_bytes(whole[:50_000])
+        wait_until(lambda: len(calls.read_text().splitlines()) == 2, "the tool to be started")
+        pid = int(calls.read_text().splitlines()[1].split()[0])
+        os.kill(cluster.pid("coordinator"), signal.SIGKILL)
+        if sys.platform != "darwin":
+            wait_until(lambda: not _lives(pid), "the tool to end with the coordinator")
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return not Path(f"/proc/{pid}/stat").exists() or _state(pid) != "Z"
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
