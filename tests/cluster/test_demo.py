@@ -28,6 +28,8 @@ def test_two_nodes_die_and_every_byte_comes_back() -> None:
     assert done.returncode == 0, done.stderr
     assert "byte-identical, although 2 of 4 nodes" in done.stdout
     assert done.stdout.count("kill -9") == 2
+    assert "Nobody stores it" in done.stdout
+    assert "kill -9" in done.stdout.split("protected")[0], "no node died before it was protected"
     assert "\x1b" not in done.stdout
     left = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("ckptd-demo-")}
     assert left <= before

@@ -18,10 +18,11 @@ from ckptd.cli.session import session, shared_options
 )
 @shared_options
 def demo(checkpoint: Path | None) -> int:
-    """Store a checkpoint on an embedded cluster and restore it, while machines die.
+    """Let an embedded cluster find, store and restore a checkpoint, while machines die.
 
-    Four daemons are started on this machine. One is killed with SIGKILL in the middle of the
-    store, another one in the middle of the restore; then every byte is compared. Nothing is left
+    Four workers and a coordinator are started on this machine. The checkpoint is copied into the
+    watched directory, and stored by itself. One worker is killed with SIGKILL in the middle of
+    that, another one in the middle of the restore; then every byte is compared. Nothing is left
     behind.
     """
     from ckptd.client.demo import run_demo

@@ -1,7 +1,9 @@
-"""The demo: store a checkpoint while a machine dies, restore it while another one dies, compare."""
+"""The demo: a checkpoint is written into a watched directory and protected by itself while a
+machine dies, restored while another one dies, and compared."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import signal
@@ -14,19 +16,23 @@ from pathlib import Path
 from typing import Any
 
 from ckptd.client.cluster import connect
+from ckptd.client.listing import Checkpoint, list_checkpoints
 from ckptd.client.local_cluster import LocalCluster, LocalNode
 from ckptd.client.progress import Progress
 from ckptd.client.restore import restore
 from ckptd.client.sample import make_sample
-from ckptd.client.store import StoreResult, store
 from ckptd.client.tree_compare import differences
 from ckptd.config import load
-from ckptd.errors import Refused
+from ckptd.errors import CkptdError, NotFound, Refused
 
 Say = Callable[[str], None]
 
 _SHARD_SIZE = "4MiB"  # many shards, so that something is always under way when a node dies
+_SETTINGS = (f"replication.shard_size={_SHARD_SIZE}", "watch.settle=1s", "watch.retry=1s")
 _NAME = "demo/step-1000"
+_PROTECTED_TIMEOUT_S = 120.0
+_LOOK_S = 0.01  # between two looks at the nodes' disks
+_ASK_S = 0.25  # between two questions whether it is protected
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ async def run_demo(checkpoint: Path | None, say: Say) -> DemoResult:
             checkpoint = place / "checkpoint"
             say("Making a checkpoint, like one that a trainer leaves ...")
             make_sample(checkpoint)
-        say("Starting a cluster: 4 nodes, real daemons, TLS, a CA of its own ...")
-        nodes = cluster.up(4, [f"replication.shard_size={_SHARD_SIZE}"])
+        say("Starting a cluster: 4 nodes and a coordinator, real daemons, TLS, a CA of its own ...")
+        nodes = cluster.up(4, _SETTINGS)
         say("  " + ", ".join(f"{node.id} on {node.describe()['address']}" for node in nodes))
         return await _Demo(checkpoint, place, cluster, nodes, say).run(started_s)
     finally:
@@ -111,12 +117,13 @@ class _Demo:
         self._checkpoint = checkpoint
         self._place = place
         self._config = load(cluster.client_config)
+        self._watch_root = cluster.watch_root
         self._nodes = {node.id: node for node in nodes}
         self._say = say
         self._killed: list[str] = []
 
     async def run(self, started_s: float) -> DemoResult:
-        stored = await self._store()
+        stored = await self._watch()
         target, fallbacks = await self._restore()
         self._say("Comparing every file with the original, byte by byte ...")
         found = differences(self._checkpoint, target)
@@ -131,20 +138,59 @@ class _Demo:
             bytes=stored.bytes,
         )
 
-    async def _store(self) -> StoreResult:
-        self._say(f"Storing it as {_NAME}, each shard on two nodes ...")
-        killer = _KillAt(0.3, lambda: self._kill("while the store is running"))
-        async with connect(self._config) as cluster:
-            result = await store(cluster, self._checkpoint, name=_NAME, progress=killer)
-        killer.finish()
+    async def _watch(self) -> Checkpoint:
+        """Writes the checkpoint into the watched directory and touches nothing any more: what
+        happens then, happens by itself."""
+        self._say(f"Writing it to {self._watch_root / _NAME}, as a trainer would ...")
+        stop = threading.Event()
+        size = _size(self._checkpoint)
+        killing = asyncio.ensure_future(asyncio.to_thread(self._kill_in_mid_store, size, stop))
+        try:
+            await asyncio.to_thread(_copy, self._checkpoint, self._watch_root / _NAME)
+            written_s = time.monotonic()
+            self._say("  written. Nobody stores it: the coordinator finds that it is whole ...")
+            found = await self._protected()
+        finally:
+            stop.set()
+            await asyncio.wait([killing])
+        if not self._killed:
+            self._kill("just after the store")
         self._say(
-            f"  {result.state}: {result.bytes / 1e6:.0f} MB in {result.shards} shards, "
-            f"{result.copies} copies each, {result.seconds:.1f} s. "
-            "What the dead node had taken was sent to others."
+            f"  {found.state} {time.monotonic() - written_s:.1f} s after the last byte: "
+            f"{found.bytes / 1e6:.0f} MB, each shard on two nodes. What the dead node had taken "
+            "was sent to others."
         )
-        if result.state != "protected":
-            raise Refused("the demo's checkpoint did not become protected", next="ckptd doctor")
-        return result
+        return found
+
+    def _kill_in_mid_store(self, size: int, stop: threading.Event) -> None:
+        """Kills a node, as a power cut would, once a third of what comes is on the disks."""
+        while sum(_held_bytes(node) for node in self._nodes.values()) <= 2 * size / 3:
+            if stop.wait(_LOOK_S):
+                return
+        self._kill("while the store is running")
+
+    async def _protected(self) -> Checkpoint:
+        """The checkpoint, once enough living nodes have it."""
+        deadline_s = time.monotonic() + _PROTECTED_TIMEOUT_S
+        reason = "the coordinator has not seen it"
+        while time.monotonic() < deadline_s:
+            try:
+                async with connect(self._config) as cluster:
+                    found = await list_checkpoints(cluster, _NAME)
+                    reasons = [row.reason for row in await cluster.watched()]
+            except NotFound:
+                pass
+            except CkptdError as error:
+                reason = error.message
+            else:
+                row = found[0] if found else None
+                if row is not None and row.state == "protected" and row.min_copies >= 2:
+                    return row
+                reason = "; ".join(reasons) or (row.state if row else reason)
+            await asyncio.sleep(_ASK_S)
+        raise Refused(
+            f"the demo's checkpoint did not become protected: {reason}", next="ckptd doctor"
+        )
 
     async def _restore(self) -> tuple[Path, int]:
         self._say("Restoring it ...")
@@ -167,6 +213,24 @@ class _Demo:
         os.kill(victim.pid, signal.SIGKILL)
         self._killed.append(victim.id)
         self._say(f"  kill -9 {victim.id} {when}")
+
+
+def _copy(source: Path, target: Path) -> None:
+    """As a trainer leaves it: a directory. Links are followed."""
+    try:
+        if source.is_dir():
+            shutil.copytree(source, target)
+        else:
+            target.mkdir(parents=True)
+            shutil.copy2(source, target)
+    except OSError as error:  # shutil.Error is one
+        raise Refused(f"{source} cannot be copied: {error}") from error
+
+
+def _size(source: Path) -> int:
+    if source.is_file():
+        return source.stat().st_size
+    return sum(path.stat().st_size for path in source.rglob("*") if path.is_file())
 
 
 def _held_bytes(node: LocalNode) -> int:
