@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ckptd.client.listing import Checkpoint, CheckpointDetails, VersionDetails
 
 _TENSORS_SHOWN_MAX = 20
+_METRICS_SHOWN_MAX = 2
 
 
 @click.command("ls")
@@ -47,7 +48,7 @@ def _listing(rows: list[Checkpoint], all_versions: bool) -> str:
     if not rows:
         return "No checkpoints yet. Store one with: ckptd store PATH"
     return table(
-        ("NAME", "VERSION", "CREATED", "SIZE", "FILES", "STATE", "COPIES", "VERIFIED", ""),
+        ("NAME", "VERSION", "CREATED", "SIZE", "FILES", "STATE", "COPIES", "VERIFIED", "STEP", ""),
         [
             (
                 row.name,
@@ -58,12 +59,23 @@ def _listing(rows: list[Checkpoint], all_versions: bool) -> str:
                 row.state,
                 str(row.min_copies),
                 moment(row.verified_at),
-                "pinned" if row.pinned else "",
+                "-" if row.step is None else str(row.step),
+                ", ".join(_remarks(row)),
             )
             for row in rows
         ],
-        right=(3, 4, 6),
+        right=(3, 4, 6, 8),
     )
+
+
+def _remarks(row: Checkpoint) -> list[str]:
+    evaluated = sorted(row.metrics, key=lambda name: (not name.startswith("eval"), name))
+    shown = [f"{printable(name)}={row.metrics[name]:g}" for name in evaluated[:_METRICS_SHOWN_MAX]]
+    return [
+        *(["pinned"] if row.pinned else []),
+        *([] if row.finite else ["loss is not finite: never @best or @latest"]),
+        *shown,
+    ]
 
 
 @click.command("show")

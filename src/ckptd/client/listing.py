@@ -15,6 +15,7 @@ from ckptd.core import tensor_index
 from ckptd.core.catalogue import Catalogue, VersionHeader
 from ckptd.core.documents import FileEntry, Manifest, ShardReference
 from ckptd.core.names import Selector, check_name, parse_selector, path_from_json
+from ckptd.core.training_state import is_finite, shown_metrics
 from ckptd.errors import CkptdError, NoGoodCopy, NotFound
 from ckptd.wire import messages
 
@@ -24,6 +25,7 @@ class Checkpoint(Struct, frozen=True):
     there is none yet), times are RFC 3339 in UTC, `bytes` is the sum of the file sizes.
     `min_copies` counts the machines that confirmed the rarest shard; `verified_at` is that of the
     copy whose last check is the oldest, None when some copy was not checked since its node's start.
+    `finite`: not stored with a loss that is no number.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Checkpoint(Struct, frozen=True):
     step: int | None
     metrics: dict[str, float]
     pinned: bool
+    finite: bool = True
 
 
 class ShardPlace(Struct, frozen=True):
@@ -171,8 +174,9 @@ def _row(survey: Survey, surveyed: Surveyed) -> Checkpoint:
         min_copies=surveyed.assessment.min_copies,
         verified_at=timestamp(surveyed.verified_at),
         step=header.step,
-        metrics=header.metrics,
+        metrics=shown_metrics(header.metrics),
         pinned=bool(survey.catalogue.pins(header.id)),
+        finite=is_finite(header.metrics),
     )
 
 
@@ -216,7 +220,7 @@ def _version(survey: Survey, surveyed: Surveyed, manifest: Manifest) -> VersionD
         state=surveyed.state.value,
         pinned=bool(survey.catalogue.pins(header.id)),
         step=manifest.step,
-        metrics=manifest.metrics,
+        metrics=shown_metrics(manifest.metrics),
         # Not strict: a header that a node made up may claim another number of shards.
         shards=tuple(
             ShardPlace(reference.shard, reference.size, nodes[holders])
