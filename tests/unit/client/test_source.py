@@ -353,3 +353,23 @@ def test_an_invalid_header_is_refused_unless_taken_as_it_is(root: Path, content:
     found = scan(root, as_is=True)
     assert not found.tensors and not found.cuts
     assert "sub/broken.safetensors" in {file.path for file in found.files}
+
+
+# -- what is no part of it
+
+
+def test_the_marker_and_what_is_excluded_are_left_out(root: Path) -> None:
+    (root / ".ckptd-done").touch()
+    (root / "sub" / ".ckptd-done").touch()
+    (root / "checkpoint-5").mkdir()
+    (root / "checkpoint-5" / "model.bin").write_bytes(b"x")
+    found = scan(root, excluded={"checkpoint-5", "sub/state.json"})
+    assert [file.path for file in found.files] == ["sub/.ckptd-done", "weights.bin"]
+    assert "checkpoint-5" not in {entry.path for entry in found.directories}
+    (root / ".ckptd-done").unlink()
+    (root / "checkpoint-5" / "model.bin").write_bytes(b"another")
+    (root / "checkpoint-5" / "optimizer.bin").write_bytes(b"x")
+    found.check()
+    (root / "checkpoint-6").mkdir()
+    with pytest.raises(SourceChanged):
+        found.check()

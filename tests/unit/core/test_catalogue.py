@@ -525,3 +525,29 @@ def test_ten_thousand_versions_fit_into_a_few_megabytes() -> None:
         tracemalloc.stop()
     assert len(catalogue.live_versions()) == 10_000
     assert used_bytes < 12 * 1024 * 1024, used_bytes
+
+
+def test_removed_content_is_known_by_its_name() -> None:
+    known = Catalogue(CLUSTER)
+    version = document_id(encode(manifest("run/a", 1)))
+    known.add(version, manifest("run/a", 1), author=CLIENT)
+    content = manifest().content_id
+    assert not known.is_dead_content("run/a", content)
+    assert not known.has_dead("run/a")
+    removal = replace(tombstone(version), content_ids=(content,))
+    known.add(document_id(encode(removal)), removal, author=CLIENT)
+    assert known.is_dead_content("run/a", content)
+    assert known.has_dead("run/a")
+    assert not known.is_dead_content("run/a", "00" * 32)
+    assert not known.is_dead_content("run/b", content), "only that name was removed"
+    assert not known.has_dead("run/b")
+
+
+def test_content_of_a_removed_version_that_is_no_longer_known_may_have_had_any_name() -> None:
+    known = Catalogue(CLUSTER)
+    content = manifest().content_id
+    removal = replace(tombstone("77" * 32), content_ids=(content,))
+    known.add(document_id(encode(removal)), removal, author=CLIENT)
+    assert known.is_dead_content("run/a", content)
+    assert known.has_dead("run/b")
+    assert not known.is_dead_content("run/a", "00" * 32)
