@@ -42,8 +42,8 @@ class Worker:
         self.shards = ShardStore(directory, reserve=reserve.size_bytes or reserve.percent / 100)
 
     def room(self) -> tuple[Room, int, int]:
-        """The store's room, how many shards it has, and how many bad copies of shards in quarantine; all 0
-        while the medium has failed."""
+        """The store's room, how many shards it has, and how many bad copies of shards are in
+        quarantine; all 0 while the medium has failed."""
         if self._directory.medium.failed is None:
             with contextlib.suppress(CkptdError):  # it just failed: the next call says so
                 bad = sum(not file.suffix for file in self.shards.quarantined())
