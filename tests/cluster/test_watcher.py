@@ -177,7 +177,7 @@ def test_the_reason_tells_file_and_size(watched: Watched, tmp_path: Path) -> Non
     )
     assert watched.status()["checkpoints"]["pending"] == 1
     row = watched.rows("reason")["reason/step-5"]
-    assert (row["state"], row["version"], row["step"]) == ("pending", None, 5)
+    assert (row["state"], row["version"], row["step"]) == ("pending", "", 5)
     assert watched.metrics()["ckptd_pending_checkpoints"] == 1
     assert watched.metrics()["ckptd_unprotected_seconds"] > 0
     (target / "model.safetensors").write_bytes(whole)

@@ -46,13 +46,14 @@ def status_command() -> int:
 
 
 def _status(found: ClusterStatus) -> str:
-    total = sum(found.checkpoints.values())
+    waiting = ("pending", "storing")
+    total = sum(n for state, n in found.checkpoints.items() if state not in waiting)
     states = ", ".join(f"{number} {state}" for state, number in found.checkpoints.items() if number)
     up = sum(row.state == "up" for row in found.nodes)
     room = found.room
     fit = "" if room.checkpoints_fit is None else f", {room.checkpoints_fit} more like the newest"
     lines = [
-        f"{found.state}: {count(total, 'checkpoint')}{f' ({states})' if states else ''}",
+        f"{found.state}: {count(total, 'version')}{f' ({states})' if states else ''}",
         f"nodes: {up} of {len(found.nodes)} up"
         + "".join(
             f"; {row.id or row.address} {row.state}" for row in found.nodes if row.state != "up"

@@ -48,23 +48,22 @@ def _listing(rows: list[Checkpoint], all_versions: bool) -> str:
     if not rows:
         return "No checkpoints yet. Store one with: ckptd store PATH"
     return table(
-        ("NAME", "VERSION", "CREATED", "SIZE", "FILES", "STATE", "COPIES", "VERIFIED", "STEP", ""),
+        ("NAME", "VERSION", "CREATED", "SIZE", "FILES", "STATE", "COPIES", "VERIFIED", ""),
         [
             (
                 row.name,
-                (row.version or "-")[:12],
+                row.version[:12] or "-",
                 moment(row.created),
                 size(row.bytes),
                 str(row.files),
                 row.state,
                 str(row.min_copies),
                 moment(row.verified_at),
-                "-" if row.step is None else str(row.step),
                 ", ".join(_remarks(row)),
             )
             for row in rows
         ],
-        right=(3, 4, 6, 8),
+        right=(3, 4, 6),
     )
 
 
@@ -74,6 +73,7 @@ def _remarks(row: Checkpoint) -> list[str]:
     return [
         *(["pinned"] if row.pinned else []),
         *([] if row.finite else ["loss is not finite: never @best or @latest"]),
+        *([] if row.step is None else [f"step {row.step}"]),
         *shown,
     ]
 

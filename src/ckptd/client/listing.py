@@ -21,15 +21,15 @@ from ckptd.wire import messages
 
 
 class Checkpoint(Struct, frozen=True):
-    """One version of a checkpoint in a list. `version` has 64 hex digits (None: pending or storing,
-    there is none yet), times are RFC 3339 in UTC, `bytes` is the sum of the file sizes.
-    `min_copies` counts the machines that confirmed the rarest shard; `verified_at` is that of the
-    copy whose last check is the oldest, None when some copy was not checked since its node's start.
-    `finite`: not stored with a loss that is no number.
+    """One version of a checkpoint in a list. `version` has 64 hex digits; it is empty for what is
+    pending or storing and has none yet. Times are RFC 3339 in UTC, `bytes` is the sum of the file
+    sizes. `min_copies` counts the machines that confirmed the rarest shard; `verified_at` is when
+    the copy whose last check is the oldest was checked, None when some copy was not since its
+    node's start. `finite`: not stored with a loss that is no number.
     """
 
     name: str
-    version: str | None
+    version: str
     created: str
     bytes: int
     files: int
@@ -149,7 +149,7 @@ def _lies_in(name: str, run: str | None) -> bool:
 def _waiting_row(unstored: messages.Unstored) -> Checkpoint:
     return Checkpoint(
         name=unstored.name,
-        version=None,
+        version="",
         created=unstored.since,
         bytes=unstored.size,
         files=0,

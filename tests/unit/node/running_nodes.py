@@ -20,6 +20,7 @@ from ckptd.config import check
 from ckptd.core.identity import Role
 from ckptd.net.loop import event_loop_factory
 from ckptd.node.daemon import Node
+from ckptd.node.worker import Worker
 from ckptd.store.marker import init_store
 
 LOOPS = ("uvloop", "asyncio")
@@ -77,6 +78,12 @@ class RunningNode:
             self._error = error
         finally:
             self._started.set()
+
+    @property
+    def worker(self) -> Worker:
+        """The part of it that keeps shards."""
+        assert self.node.worker is not None
+        return self.node.worker
 
     def connect(self, name: str, port: str = "control") -> RawPeer:
         """A raw connection with the certificate of `name`."""

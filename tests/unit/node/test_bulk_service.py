@@ -92,7 +92,7 @@ def greeted(node: RunningNode, name: str = "client", hop: int = 0) -> RawPeer:
 
 def is_at_rest(node: RunningNode) -> bool:
     """Whether nothing is held: no connection, slot, room or temporary file."""
-    bulk = node.node.bulk
+    bulk = node.worker.bulk
     slots = [*bulk.receive_slots, bulk.read_slots]
     return (
         len(bulk.connections) == 0
@@ -120,7 +120,7 @@ def test_a_shard_goes_down_a_chain_and_comes_back(two_nodes: list[RunningNode]) 
     again = put(head, digest, data, (tail.place.hop,))
     assert [again[n].state for n in ("pi1", "pi2")] == ["present", "present"]
     for node in two_nodes:
-        node.node.bulk.connector.close()  # idle ones are kept for the next shard
+        node.worker.bulk.connector.close()  # idle ones are kept for the next shard
         wait_at_rest(node)
 
 
@@ -207,14 +207,14 @@ def test_other_than_the_promised_payload_is_refused(node: RunningNode, what: str
         assert isinstance(peer.receive()[1], messages.Error)
         assert peer.is_closed()
     wait_at_rest(node)
-    assert not node.node.shards.has(digest)
+    assert not node.worker.shards.has(digest)
 
 
 def test_bytes_with_another_hash_are_not_stored(node: RunningNode) -> None:
     digest, data = shard()
     reports = put(node, digest, b"\x80\x04." + data[3:])
     assert (reports["pi1"].state, reports["pi1"].code) == ("failed", "shard_corrupt")
-    assert not node.node.shards.has(digest)
+    assert not node.worker.shards.has(digest)
     wait_at_rest(node)
 
 
@@ -241,8 +241,8 @@ def test_a_sender_that_disappears_leaves_nothing(two_nodes: list[RunningNode], w
         peer.sock.sendall(data[: len(data) // 2])
     peer.close()
     wait_at_rest(head)
-    assert not head.node.shards.has(digest)
-    head.node.bulk.connector.close()
+    assert not head.worker.shards.has(digest)
+    head.worker.bulk.connector.close()
     wait_at_rest(tail)
 
 
@@ -272,8 +272,8 @@ def test_a_reader_that_takes_nothing_loses_its_slot(
     assert put(node, digest, data)["pi1"].state == "durable"
     with greeted(node) as peer:
         peer.send(messages.GetShard(digest))
-        wait_until(lambda: node.node.bulk.read_slots.free < limits.BULK_READ_SLOTS, "the reader")
-        wait_until(lambda: node.node.bulk.read_slots.free == limits.BULK_READ_SLOTS, "its end")
+        wait_until(lambda: node.worker.bulk.read_slots.free < limits.BULK_READ_SLOTS, "the reader")
+        wait_until(lambda: node.worker.bulk.read_slots.free == limits.BULK_READ_SLOTS, "its end")
     wait_at_rest(node)
 
 
@@ -288,7 +288,7 @@ def test_one_peer_leaves_slots_to_others_and_busy_is_told(node: RunningNode) -> 
         digest, data = shard(99)
         answer = one_more.ask(messages.PutShard(digest, len(data)), hop=1)
         assert isinstance(answer, messages.Busy)
-    assert node.node.bulk.receive_slots[1].free == 2
+    assert node.worker.bulk.receive_slots[1].free == 2
     digest, data = shard(100)
     assert put(node, digest, data)["pi1"].state == "durable"
     for peer in peers:
@@ -300,7 +300,7 @@ def test_idle_connections_make_room(node: RunningNode, monkeypatch: pytest.Monke
     monkeypatch.setattr(limits, "BULK_CONNECTIONS_PER_HOP_MAX", 2)
     oldest, newer = greeted(node), greeted(node)
     wait_until(
-        lambda: all(c.idle_since_s is not None for c in node.node.bulk.connections._open),
+        lambda: all(c.idle_since_s is not None for c in node.worker.bulk.connections._open),
         "both to be idle",
     )
     with greeted(node) as newest:
@@ -393,7 +393,7 @@ def test_a_tail_that_is_somebody_else_gets_nothing(two_nodes: list[RunningNode])
     reports = put(head, digest, data, (pretended,))
     assert reports["pi1"].state == "durable"
     assert (reports["pi7"].state, reports["pi7"].code) == ("failed", "not_authorized")
-    assert not tail.node.shards.has(digest)
+    assert not tail.worker.shards.has(digest)
     wait_at_rest(head)
 
 
@@ -408,12 +408,12 @@ def test_a_tail_that_is_down_is_half_a_success(node: RunningNode) -> None:
 def test_a_tail_without_slots_is_busy_and_not_to_blame(two_nodes: list[RunningNode]) -> None:
     head, tail = two_nodes
     digest, data = shard()
-    taken = [tail.node.bulk.receive_slots[1].take(f"peer{n}") for n in range(8)]
+    taken = [tail.worker.bulk.receive_slots[1].take(f"peer{n}") for n in range(8)]
     assert all(taken)
     reports = put(head, digest, data, (tail.place.hop,))
     assert (reports["pi1"].state, reports["pi2"].state) == ("durable", "busy")
     for number in range(8):
-        tail.node.bulk.receive_slots[1].give_back(f"peer{number}")
+        tail.worker.bulk.receive_slots[1].give_back(f"peer{number}")
     assert put(head, digest, data, (tail.place.hop,))["pi2"].state == "durable"
 
 
@@ -439,7 +439,7 @@ def test_a_head_whose_disk_fails_does_not_blame_its_tail(
     monkeypatch.undo()
     assert (reports["pi1"].state, reports["pi1"].code) == ("failed", "no_room")
     assert reports["pi2"].state == "receiving"
-    assert not tail.node.shards.has(digest)
+    assert not tail.worker.shards.has(digest)
     wait_at_rest(head)
     wait_at_rest(tail)
 
@@ -461,7 +461,7 @@ def test_a_push_goes_to_each_node_and_blames_only_who_failed(
         with pytest.raises(PeerRefused, match="not in"):
             push_shard(channel, missing)
         bulk.release(where.node, where.host, where.bulk, channel)
-    assert tail.node.shards.has(digest)
+    assert tail.worker.shards.has(digest)
 
 
 def test_a_bad_copy_that_was_passed_on_is_found_out(two_nodes: list[RunningNode]) -> None:
@@ -472,8 +472,8 @@ def test_a_bad_copy_that_was_passed_on_is_found_out(two_nodes: list[RunningNode]
     path.write_bytes(b"\0" + data[1:])
     reports = put(head, digest, data, (tail.place.hop,))
     assert (reports["pi1"].state, reports["pi1"].code) == ("failed", "shard_corrupt")
-    assert not head.node.shards.has(digest)
-    assert not tail.node.shards.has(digest)
+    assert not head.worker.shards.has(digest)
+    assert not tail.worker.shards.has(digest)
 
 
 # Stopping

@@ -140,7 +140,7 @@ def test_a_document_that_cannot_be_opened_is_written_anew_when_it_is_brought_aga
     path.unlink()
     path.symlink_to(node.store)
     assert records.get(document_id) is None
-    assert node.node.shards.room().bytes_total  # that says nothing of the disk
+    assert node.worker.shards.room().bytes_total  # that says nothing of the disk
     path.unlink()
     records.write(raw, worker)
     assert path.read_bytes() == raw and records.get(document_id) is not None
@@ -157,7 +157,7 @@ def test_a_document_with_a_bad_signature_is_written_anew_when_it_is_brought_agai
     path.write_bytes(worker.sign(b"something else"))
 
     def restarted() -> records_module.Records:
-        files = DocumentFiles(node.node.shards._directory)  # as after a restart
+        files = DocumentFiles(node.worker.shards._directory)  # as after a restart
         found = records_module.Records(files, cluster="home", ca=records._ca)
         found.load()
         return found
