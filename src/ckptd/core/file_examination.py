@@ -115,6 +115,8 @@ def _safetensors(size: int) -> Examining:
     if len(first) < LENGTH_BYTES:
         raise Unfinished(f"has {size} bytes so far")
     length = int.from_bytes(first, "little")
+    if not length:
+        raise Unfinished("begins with zeros: its header is not written yet")
     if length > limits.SAFETENSORS_HEADER_MAX_BYTES:
         raise HeaderInvalid(f"the header claims {length} bytes")
     if LENGTH_BYTES + length > size:
