@@ -380,7 +380,7 @@ class Node:
         logs.configure(config.observe.log_level)
         fixed = [
             key
-            for key in ("cluster", "node", "store", "tls", "discovery", "membership")
+            for key in ("cluster", "node", "store", "tls", "discovery", "membership", "watch")
             if getattr(config, key) != getattr(self.config, key)
         ]
         _log.info("config_reloaded", log_level=config.observe.log_level, needs_restart=fixed)
