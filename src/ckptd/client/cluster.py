@@ -128,6 +128,13 @@ class Cluster:
         )
 
     @property
+    def all_answered(self) -> bool:
+        """Whether every remembered worker answered, so that what nobody has is nowhere."""
+        absent = (not node.roles or "worker" in node.roles for node in self.absent.values())
+        present = sum("worker" in node.hello.roles for node in self.nodes.values())
+        return not any(absent) and len(self.workers) == present
+
+    @property
     def coordinators(self) -> list[Node]:
         """Nodes that watch directories, by id."""
         found = [node for node in self.nodes.values() if "coordinator" in node.hello.roles]
