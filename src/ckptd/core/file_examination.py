@@ -4,9 +4,9 @@ An examination is a generator: it yields the `Span` of the file that it needs, i
 (fewer at the end of the file), and returns an `Examination`. Whoever drives it reads the disk.
 
 Sources: safetensors: `ckptd.core.safetensors_header`. Zip: PKWARE APPNOTE 6.3.10, sections 4.3.14
-to 4.3.16 (what torch.save and numpy.savez write). GGUF: the specification in ggml-org/ggml, versions 2
-and 3. Index: `weight_map` of Hugging Face transformers. Distributed checkpoints: the file names
-that torch.distributed.checkpoint pickles into `.metadata`; nothing is unpickled.
+to 4.3.16 (what torch.save and numpy.savez write). GGUF: `ckptd.core.gguf_header`. Index:
+`weight_map` of Hugging Face transformers. Distributed checkpoints: the file names that
+torch.distributed.checkpoint pickles into `.metadata`; nothing is unpickled.
 """
 
 from __future__ import annotations

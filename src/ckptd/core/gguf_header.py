@@ -1,6 +1,6 @@
 """Where the last tensor of a GGUF file ends, from its header.
 
-Source: the specification in ggml-org/ggml (versions 2 and 3, little-endian), block sizes from ggml.c.
+Source: the specification in ggml-org/ggml (versions 2 and 3, little-endian); block sizes: ggml.c.
 The header holds the vocabulary, so it has megabytes; it is read in windows and not kept.
 """
 
