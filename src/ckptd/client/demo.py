@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 _SHARD_SIZE = "4MiB"  # many shards, so that something is always under way when a node dies
 _SETTINGS = (f"replication.shard_size={_SHARD_SIZE}", "watch.settle=1s", "watch.retry=1s")
 _NAME = "demo/step-1000"
-_PROTECTED_TIMEOUT_S = 120.0
+_PROTECTED_TIMEOUT_S = 60.0
 _LOOK_S = 0.01  # between two looks at the nodes' disks
 _ASK_S = 0.25  # between two questions whether it is protected
 
