@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 from tests.cluster.kill_fixtures import (
+    DEADLINE_S,
     BreakableCluster,
     breakable_cluster,
     make_checkpoint,
@@ -224,9 +225,11 @@ def test_the_last_of_many_overwrites_is_never_skipped(watched: Watched, tmp_path
     assert watched.versions(name) == versions
 
 
-def test_constant_change_is_read_consistently_after_settle_max(watched: Watched) -> None:
-    target = watched.root / "restless" / "step-1"
-    target.mkdir(parents=True)
+def test_constant_change_is_read_consistently_after_settle_max(tmp_path: Path) -> None:
+    # Its own cluster: what changes must hold still for as long as a store takes, and not settle.
+    settings = ("watch.settle=3s", "watch.settle_max=4s", "watch.retry=1s")
+    cluster = Watched(tmp_path / "local", count=2, settings=settings, coordinator=True)
+    target = cluster.root / "restless" / "step-1"
     stop = threading.Event()
 
     def write() -> None:
@@ -235,17 +238,22 @@ def test_constant_change_is_read_consistently_after_settle_max(watched: Watched)
             number += 1
             write_safetensors(target / "next", {"weight": f"{number:08}".encode() * 1000})
             os.rename(target / "next", target / "model.safetensors")
-            stop.wait(SETTLE_S / 2)
+            stop.wait(1.5)
 
     writer = threading.Thread(target=write)
-    writer.start()
     try:
-        watched.wait_protected("restless/step-1")
-    finally:
+        cluster.up()
+        target.mkdir(parents=True)
+        writer.start()
+        cluster.wait_protected("restless/step-1", timeout_s=DEADLINE_S)
+        assert writer.is_alive()
         stop.set()
         writer.join()
-    wait_until(lambda: not watched.status()["pending"], "the last one to be stored")
-    assert watched.comes_back("restless/step-1", target)
+        wait_until(lambda: not cluster.status()["pending"], "the last one to be stored")
+        assert cluster.comes_back("restless/step-1", target)
+    finally:
+        stop.set()
+        cluster.kill("coordinator", *cluster.running())
 
 
 def test_deleted_while_being_read(watched: Watched, tmp_path: Path) -> None:
