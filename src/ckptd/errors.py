@@ -16,6 +16,7 @@
     ├── StoreOperationFailed       a file of the store cannot be used, though its disk works
     ├── StoreMarkerMissing         the store directory is not a store (unmounted?): never guess
     ├── StoreLocked                another process holds the store
+    ├── DiscoveryFailed            mDNS cannot be used here: configured peers still can
     ├── IntegrityError             bytes do not have their recorded hash (exit 4)
     │   ├── ShardCorrupt           one copy is bad
     │   └── NoGoodCopy             no node has a good copy, and all have answered
@@ -128,6 +129,10 @@ class StoreMarkerMissing(CkptdError):
 
 class StoreLocked(CkptdError):
     kind = "store_locked"
+
+
+class DiscoveryFailed(CkptdError):
+    kind = "discovery_failed"
 
 
 class IntegrityError(CkptdError):

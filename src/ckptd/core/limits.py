@@ -186,3 +186,19 @@ TRAINING_STATE_MAX_BYTES: Final = 32 * MIB  # log_history of a very long run
 GGUF_HEADER_MAX_BYTES: Final = 512 * MIB  # read in windows, nothing is kept
 GGUF_WINDOW_BYTES: Final = 1 * MIB
 GGUF_TEXT_MAX_BYTES: Final = 64 * MIB
+
+# Discovery: whoever is on the local network can announce whatever he likes, as often as he likes.
+ANNOUNCED_NODES_MAX: Final = 2 * CLUSTER_NODES_MAX  # remembered at a time
+ANNOUNCED_ADDRESSES_MAX: Final = 8  # of one node
+ANNOUNCEMENT_LINGER_S: Final = 60.0  # an address is still tried for so long after it was taken back
+ANNOUNCED_CONNECTS_MAX: Final = 16  # tries at the same time to reach nodes that were announced
+ANNOUNCED_CONNECT_TIMEOUT_S: Final = 3.0  # they are on the same network, or nowhere
+ANNOUNCED_RETRY_MAX_S: Final = 60.0  # between two tries to reach a node that never answered
+MDNS_RESOLVING_MAX: Final = 32  # announcements that came in part, and whose rest is asked for
+MDNS_RESOLVE_TIMEOUT_S: Final = 2.0
+MDNS_HEARD_MAX_BYTES: Final = 2 * MIB  # of others' records; then everything is forgotten
+MDNS_FLOOD_PAUSE_S: Final = 30.0  # without mDNS after that
+MDNS_ASK_INTERVAL_S: Final = 30.0  # an announcement may be lost; a network may come together again
+INTERFACES_CHECK_INTERVAL_S: Final = 5.0
+DISCOVERY_QUIET_S: Final = 0.4  # commands stop listening when nothing new was heard for so long
+DISCOVERY_WAIT_S: Final = 1.5  # and after this in any case; answers may lawfully take 1.2 s
