@@ -92,7 +92,7 @@ class TlsConfig(msgspec.Struct, frozen=True):
 
 
 class DiscoveryConfig(msgspec.Struct, frozen=True):
-    mdns: bool = False
+    mdns: bool = True
     peers: tuple[Address, ...] = ()
     interfaces: tuple[str, ...] = ()
 
@@ -263,8 +263,6 @@ def inactive_keys(config: Config) -> list[str]:
     inactive = []
     if config.store is not None and config.node is not None and not config.is_worker:
         inactive.append("store")
-    if config.discovery.interfaces:
-        inactive.append("discovery.interfaces")
     if config.node is not None and not config.is_coordinator:
         inactive += [f"watch[{index}]" for index in range(len(config.watch))]
     inactive += [f"retention[{index}]" for index in range(len(config.retention))]
@@ -388,12 +386,10 @@ def _tls(section: Section) -> TlsConfig:
 
 def _discovery(section: Section) -> DiscoveryConfig:
     discovery = DiscoveryConfig(
-        mdns=section.flag("mdns", False),
+        mdns=section.flag("mdns", True),
         peers=section.addresses("peers"),
         interfaces=section.texts("interfaces"),
     )
-    if discovery.mdns:
-        section.fault("mdns", "not in this version: list peers")
     section.close()
     return discovery
 

@@ -25,8 +25,9 @@ ALLOWED = {
     "store": {"errors", "core", "wire"},
     "net": {"errors", "core", "wire", "store"},
     "observe": {"errors", "core", "wire", "net", "config"},
-    "node": {"errors", "core", "wire", "store", "net", "observe", "config"},
-    "client": {"errors", "core", "wire", "store", "net", "observe", "config"},
+    "discovery": {"errors", "core"},
+    "node": {"errors", "core", "wire", "store", "net", "observe", "config", "discovery"},
+    "client": {"errors", "core", "wire", "store", "net", "observe", "config", "discovery"},
     "watch": {"errors", "core", "config"},
     "coordinator": {
         "errors",

@@ -1,7 +1,7 @@
 """A client's view of the cluster: which nodes answer, what they know, who is missing.
 
-A client keeps no state: everything is asked anew, from as many nodes as answer. Nodes are found
-from the config's peers and from what each of them remembers of the others.
+A client keeps no state: everything is asked anew, from as many nodes as answer. `search` tells
+how they are found.
 """
 
 from __future__ import annotations
@@ -10,22 +10,25 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
+import msgspec
 import structlog
 from cryptography import x509
 
 from ckptd import __version__
+from ckptd.client.nodes import AbsentNode as AbsentNode
+from ckptd.client.nodes import Node as Node
+from ckptd.client.search import Search
 from ckptd.config import Config
 from ckptd.core import bitmaps, limits
 from ckptd.core.admission import admit
 from ckptd.core.catalogue import Catalogue, VersionHeader
 from ckptd.core.documents import Document, Manifest, UnknownDocument
 from ckptd.core.identity import Identity, load_ca
-from ckptd.core.machines import MachineKey, machine_key
-from ckptd.core.quantities import Address, parse_address
+from ckptd.core.quantities import Address
 from ckptd.core.signing import Signer
 from ckptd.errors import (
     CkptdError,
@@ -33,41 +36,15 @@ from ckptd.errors import (
     NotAuthorized,
     NotEnoughNodes,
     NotFound,
-    PeerError,
     ProtocolError,
 )
 from ckptd.net.bulk import BulkConnector
-from ckptd.net.control import ControlClient, connect_control
+from ckptd.net.control import connect_control
 from ckptd.net.tls import check_peer, client_context
 from ckptd.wire import messages
 
 _log = structlog.get_logger(__name__)
 _T = TypeVar("_T")
-
-
-@dataclass
-class Node:
-    """One node that answers."""
-
-    id: str
-    control: ControlClient
-    host: str
-    bulk_port: int
-    status: messages.NodeStatus
-
-    @property
-    def hello(self) -> messages.Hello:
-        return self.control.hello
-
-    @property
-    def machine(self) -> MachineKey:
-        """Equal for nodes that die together."""
-        return machine_key(self.id, self.hello.boot_id, self.hello.zone)
-
-    @property
-    def hop(self) -> messages.Hop:
-        """Where its bulk port is."""
-        return messages.Hop(self.id, self.host, self.bulk_port)
 
 
 class Admitted(NamedTuple):
@@ -87,18 +64,6 @@ class Inventoried(NamedTuple):
 
 
 @dataclass
-class AbsentNode:
-    """A node that is remembered (or configured) and does not answer. `id` is "" while unknown."""
-
-    id: str
-    address: str
-    reason: str
-    last_seen_s: float | None = None
-    roles: tuple[str, ...] = ()
-    zone: str = ""
-
-
-@dataclass
 class Cluster:
     """Connections to all nodes that answer. Made by `connect`."""
 
@@ -109,7 +74,10 @@ class Cluster:
     nodes: dict[str, Node]
     absent: dict[str, AbsentNode]
     ca: x509.Certificate = field(repr=False)
-    reach: Callable[[Address], Awaitable[Node]] = field(repr=False)
+    search: Search | None = field(default=None, repr=False)
+    """How more nodes are found; None where they are given."""
+    first: tuple[str, ...] = ()
+    """Addresses to look at first."""
 
     @property
     def cluster(self) -> str:
@@ -147,9 +115,13 @@ class Cluster:
                 f"{absent.id or absent.address}: {absent.reason}" for absent in self.absent.values()
             )
             raise NotEnoughNodes(
-                f"no node of cluster {self.cluster} answers ({details or 'no peers are known'})",
+                f"no node of cluster {self.cluster} answers ({details or self._nobody})",
                 next="ckptd doctor",
             )
+
+    @property
+    def _nobody(self) -> str:
+        return self.search.outcome if self.search is not None else "no peers are known"
 
     async def ask_all(
         self, question: Callable[[Node], Awaitable[_T]], nodes: Iterable[Node] | None = None
@@ -187,20 +159,24 @@ class Cluster:
             self.nodes[node_id].status = status
 
     async def rejoin(self) -> None:
-        """Asks every node for its state again, and tries those anew that did not answer."""
+        """Asks every node for its state again, and looks anew for those that do not answer: where
+        they were, and where the others see them now."""
         await self.refresh()
-        missing = {absent.address for absent in self.absent.values()}
-        for node in self.nodes.values():
-            missing |= {view.address for view in node.status.peers if view.node not in self.nodes}
-        if not self.nodes:
-            missing |= {str(address) for address in _first_addresses(self.config)}
-        addresses = []
-        for text in sorted(missing):
-            with contextlib.suppress(ValueError):
-                addresses.append(parse_address(text))
-        if addresses:
+        if self.search is not None:
+            missing = {absent.address for absent in self.absent.values() if absent.address}
+            if not self.nodes:
+                missing.update(self.first)
             self.absent.clear()
-            await _reach_all(self, addresses, self.reach)
+            await self.search.again(missing)
+
+    async def find_again(self, nodes: Collection[str]) -> set[str]:
+        """Looks for those of `nodes` that are absent: they may be back, even at another address.
+        Returns the ids of those that were found."""
+        lost = [self.absent[node].address for node in nodes if node in self.absent]
+        if self.search is None or not lost:
+            return set()
+        await self.search.run(lost)
+        return {node for node in nodes if node in self.nodes}
 
     async def watched(self) -> list[messages.Unstored]:
         """The checkpoints that coordinators see and have not stored yet, by name."""
@@ -471,9 +447,14 @@ async def _connect(config: Config, own_hello: Callable[[], messages.Hello] | Non
 
     hello = own_hello or client_hello
 
-    async def reach(address: Address) -> Node:
+    async def reach(address: Address, expected: str) -> Node:
         control = await connect_control(
-            address.host, address.port, context=context, cluster=config.cluster, hello=hello()
+            address.host,
+            address.port,
+            context=context,
+            cluster=config.cluster,
+            hello=hello(),
+            expected_node_id=expected or None,
         )
         try:
             status, _ = await control.request(messages.GetStatus(), messages.NodeStatus)
@@ -482,85 +463,40 @@ async def _connect(config: Config, own_hello: Callable[[], messages.Hello] | Non
             raise
         return Node(control.node_id, control, address.host, control.hello.bulk_port, status)
 
+    nodes: dict[str, Node] = {}
+    absent: dict[str, AbsentNode] = {}
+    discovery = config.discovery
+    if own_hello is not None:
+        # A node listens all the time: what it heard is in what it says of its peers.
+        discovery = msgspec.structs.replace(discovery, mdns=False)
+    search = Search(config.cluster, discovery, nodes, absent, reach)
+    first = tuple(_first_addresses(config, own_hello))
     cluster = Cluster(
         config=config,
         identity=identity,
         signer=signer,
         bulk=BulkConnector(context, config.cluster, hello),
-        nodes={},
-        absent={},
+        nodes=nodes,
+        absent=absent,
         ca=load_ca(tls.ca.read_bytes()),
-        reach=reach,
+        search=search,
+        first=first,
     )
-    await _reach_all(cluster, _first_addresses(config), reach)
+    try:
+        await search.run(first)
+    except BaseException:
+        await cluster.close()
+        raise
     return cluster
 
 
-def _first_addresses(config: Config) -> list[Address]:
+def _first_addresses(
+    config: Config, own_hello: Callable[[], messages.Hello] | None
+) -> Iterator[str]:
     """Where to look first: the configured peers, and the node of this machine."""
-    if config.node is None or not config.node.listen.port:
-        return list(config.discovery.peers)
-    host, port = config.node.listen
-    own = Address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port)
-    return [*config.discovery.peers, own]
-
-
-async def _reach_all(
-    cluster: Cluster, first: list[Address], reach: Callable[[Address], Awaitable[Node]]
-) -> None:
-    """Reaches the configured peers, then those that they remember, until nobody new turns up."""
-    tried: set[str] = set()
-    pending = {str(address): ("", address) for address in first}
-    remembered: dict[str, messages.PeerView] = {}
-    for node in cluster.nodes.values():
-        _remember(node, remembered)
-    failures: dict[str, str] = {}
-    while pending:
-        batch, pending = pending, {}
-        tried.update(batch)
-        results = await asyncio.gather(
-            *(reach(address) for _, address in batch.values()), return_exceptions=True
-        )
-        for address_text, result in zip(batch, results, strict=True):
-            if isinstance(result, CkptdError):
-                failures[address_text] = _reason(result)
-            elif isinstance(result, BaseException):
-                raise result
-            elif result.id in cluster.nodes:
-                await result.control.close()  # known by another address
-            else:
-                cluster.nodes[result.id] = result
-                _remember(result, remembered)
-        for view in remembered.values():
-            if view.address and view.address not in tried and view.node not in cluster.nodes:
-                with contextlib.suppress(ValueError):
-                    pending[view.address] = (view.node, parse_address(view.address))
-    for node_id, view in remembered.items():
-        if node_id not in cluster.nodes:
-            reason = failures.pop(view.address, "does not answer")
-            seen = None if view.last_seen_s < 0 else view.last_seen_s
-            cluster.absent[node_id] = AbsentNode(
-                node_id, view.address, reason, seen, view.roles, view.zone
-            )
-    known = {absent.address for absent in cluster.absent.values()}
-    for address_text, reason in failures.items():
-        if address_text not in known:
-            cluster.absent[address_text] = AbsentNode("", address_text, reason)
-
-
-def _remember(node: Node, remembered: dict[str, messages.PeerView]) -> None:
-    """Notes what `node` knows of others, as far as it is the newest that is known."""
-    for view in node.status.peers:
-        best = remembered.get(view.node)
-        if best is None or _fresher(view, best):
-            remembered[view.node] = view
-
-
-def _reason(error: CkptdError) -> str:
-    return error.reason if isinstance(error, PeerError) else error.message
-
-
-def _fresher(view: messages.PeerView, other: messages.PeerView) -> bool:
-    if view.last_seen_s < 0:
-        return False
-    return other.last_seen_s < 0 or view.last_seen_s < other.last_seen_s
+    yield from (str(address) for address in config.discovery.peers)
+    if config.node is not None and config.node.listen.port:
+        host, port = config.node.listen
+        yield str(Address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port))
+    elif own_hello is not None:
+        yield own_hello().address

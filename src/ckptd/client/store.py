@@ -417,6 +417,7 @@ class _Store:
         """Before the version exists: copies on nodes that died since they took them are made
         anew. Raises NotEnoughNodes or NoRoom when a shard is on no node that answers."""
         await self._cluster.refresh()
+        await self._transfers.readmit_lost()
         for shard in self._shards.values():
             shard.holders &= self._cluster.nodes.keys()
         await self._send_again(

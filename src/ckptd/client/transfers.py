@@ -117,6 +117,15 @@ class Transfers:
         self._copies = copies
         self._placement.want(copies)
 
+    async def readmit_lost(self) -> None:
+        """Looks for the nodes that were lost since this store began; those that are back, at
+        another address even, get shards again."""
+        for node in await self._cluster.find_again(self._nodes.keys() - self._cluster.nodes.keys()):
+            self._nodes[node] = self._cluster.nodes[node]
+            self._left_out.discard(node)
+            self._failures.pop(node, None)
+            self._progress.note(f"{node} is back")
+
     def distinct(self, holders: Iterable[str]) -> int:
         """How many machines those of these nodes are that still answer."""
         nodes = self._cluster.nodes

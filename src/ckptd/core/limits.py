@@ -172,7 +172,6 @@ SURVEY_INTERVAL_MIN_S: Final = 15.0  # between two looks at the state of all ver
 SURVEY_SHARE_MAX: Final = 0.02  # of the time that these looks may take
 CONTENT_MEMORY_ENTRIES_MAX: Final = 20_000  # checkpoints whose content id is remembered
 CONTENT_MEMORY_MAX_BYTES: Final = 8 * MIB
-REMEMBER_SELF_INTERVAL_S: Final = 10.0  # between two looks whether others know this node right
 
 # Watching
 WATCHED_ENTRIES_MAX: Final = 500_000  # files and directories below one root
@@ -202,3 +201,6 @@ MDNS_ASK_INTERVAL_S: Final = 30.0  # an announcement may be lost; a network may 
 INTERFACES_CHECK_INTERVAL_S: Final = 5.0
 DISCOVERY_QUIET_S: Final = 0.4  # commands stop listening when nothing new was heard for so long
 DISCOVERY_WAIT_S: Final = 1.5  # and after this in any case; answers may lawfully take 1.2 s
+# Documents in which a node tells where it is; the pause is doubled, as a network may be broken.
+ADDRESS_DOCUMENT_PAUSE_MIN_S: Final = 60.0
+ADDRESS_DOCUMENT_PAUSE_MAX_S: Final = 86_400.0

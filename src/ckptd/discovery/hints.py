@@ -143,15 +143,17 @@ class Hints:
     def _make_room(self, newcomer: str) -> bool:
         if len(self._nodes) < limits.ANNOUNCED_NODES_MAX:
             return True
-        # Whoever floods us with inventions must not drive out the nodes that we know to be ours.
+        # Whoever floods us with inventions must not drive out the nodes that we know to be ours. Of
+        # strangers the first to come stay until they are gone: else none would ever be tried,
+        # because the next invention comes before its turn does.
+        if not self._is_member(newcomer):
+            return False
         strangers = [
             (known.heard_s, node)
             for node, known in self._nodes.items()
             if not known.proved and not self._is_member(node)
         ]
-        if not strangers or not self._is_member(newcomer):
-            # Of strangers the first to come stay until they are gone: else none would ever be
-            # tried, because the next invention comes before its turn does.
+        if not strangers:
             return False
         del self._nodes[min(strangers)[1]]
         return True

@@ -7,6 +7,7 @@ import ssl
 from typing import TypeVar
 
 from ckptd.core import limits
+from ckptd.core.quantities import Address
 from ckptd.errors import CkptdError, PeerStalled, PeerUnreachable, ProtocolError
 from ckptd.net.bulk import refusal
 from ckptd.net.control_connection import Answer, ControlProtocol, Payload, Progress
@@ -58,13 +59,17 @@ class _ClientProtocol(ControlProtocol):
 class ControlClient:
     """One control connection to a node. Made by `connect_control`."""
 
-    def __init__(self, protocol: _ClientProtocol, hello: messages.Hello, address: str) -> None:
+    def __init__(
+        self, protocol: _ClientProtocol, hello: messages.Hello, address: str, remote: Address
+    ) -> None:
         assert protocol.identity is not None
         self._protocol = protocol
         self.hello = hello
         self.identity = protocol.identity
         self.node_id = protocol.identity.node_id
         self.address = address
+        self.remote = remote
+        """Where `address` led: IP address and port."""
 
     @property
     def connected(self) -> bool:
@@ -144,7 +149,7 @@ async def connect_control(
     protocol: _ClientProtocol | None = None
     try:
         async with asyncio.timeout(limits.CONNECT_TIMEOUT_S + limits.HANDSHAKE_TIMEOUT_S):
-            _, protocol = await loop.create_connection(
+            transport, protocol = await loop.create_connection(
                 lambda: _ClientProtocol(cluster, expected_node_id),
                 host,
                 port,
@@ -168,7 +173,8 @@ async def connect_control(
     except BaseException:
         _drop(protocol)
         raise
-    return ControlClient(protocol, answer, address)
+    remote = transport.get_extra_info("peername") or (host, port)
+    return ControlClient(protocol, answer, address, Address(*remote[:2]))
 
 
 def _drop(protocol: _ClientProtocol | None) -> None:

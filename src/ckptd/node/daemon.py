@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -19,10 +20,11 @@ from prometheus_client import CollectorRegistry
 
 from ckptd import __version__
 from ckptd.config import Config, NodeConfig, load
-from ckptd.core import documents, limits
+from ckptd.core import limits
 from ckptd.core.identity import load_ca
 from ckptd.core.quantities import Address
 from ckptd.core.signing import Signer
+from ckptd.discovery.hints import Hints
 from ckptd.errors import CkptdError, ConfigError
 from ckptd.net.acceptor import Acceptor, Unauthenticated
 from ckptd.net.bulk import BulkConnector
@@ -32,8 +34,8 @@ from ckptd.net.tls import check_peer, client_context, server_context
 from ckptd.node.heap import keep_heap_small
 from ckptd.node.notify import notify
 from ckptd.node.part import Part
-from ckptd.node.peers import OnDisk, Peers
-from ckptd.node.presence import boot_id, listening, member_document, open_directory, reachable_host
+from ckptd.node.peers import Peers
+from ckptd.node.presence import Presence, boot_id, open_directory
 from ckptd.node.records import Records
 from ckptd.node.requests import Requests
 from ckptd.node.worker import Worker
@@ -81,8 +83,7 @@ class Node:
             self.records = Records(DocumentFiles(self._directory), cluster=config.cluster, ca=ca)
             self.records.load()
             self._boot_id = boot_id()
-            self._bulk_port = 0
-            self._address = ""
+            self._presence = Presence(config, self.records, self._signer)
             self.failed_part: str | None = None
             self._stop = asyncio.Event()
             self._parts = [make(self) for make in parts]
@@ -114,8 +115,8 @@ class Node:
             highest_order=self.records.catalogue.highest_order,
             boot_id=self._boot_id,
             zone=self._node.zone,
-            address=self._address,
-            bulk_port=self._bulk_port,
+            address=self._presence.address,
+            bulk_port=self._presence.bulk_port,
         )
 
     def state(self) -> str:
@@ -170,7 +171,8 @@ class Node:
     def _targets(self) -> list[Target]:
         """All nodes, each with the port of its own pages as far as it is the same as here."""
         port = self._http.address.port
-        own_host = Address(*self._split(self._address)).host if self._address else "127.0.0.1"
+        address = self._presence.address
+        own_host = self._split(address)[0] if address else "127.0.0.1"
         found = [self._target(self._node.id, Address(own_host, port), self._node.roles)]
         for node, member in self.records.catalogue.members().items():
             if node != self._node.id and member.address:
@@ -196,29 +198,12 @@ class Node:
         """Serves until `request_stop`. `ready` is called once connections are accepted."""
         listeners: list[socket.socket] = []
         try:
-            listeners = self._listen()
+            listeners = self._presence.listen()
             await self._serve(listeners, ready)
         finally:
             for listener in listeners:
                 listener.close()
             self._directory.close()
-
-    def _listen(self) -> list[socket.socket]:
-        """The listening sockets: for control connections, and a worker's for bulk ones."""
-        host, port = self._node.listen
-        control = listening("node.listen", host, port)
-        listeners = [control]
-        if self.worker is not None:
-            try:
-                listeners.append(listening("node.bulk_port", host, self._node.bulk_port))
-            except BaseException:
-                control.close()
-                raise
-            self._bulk_port = listeners[1].getsockname()[1]
-        self._address = str(
-            Address(reachable_host(host, self.config.discovery.peers), control.getsockname()[1])
-        )
-        return listeners
 
     async def _serve(self, listeners: Sequence[socket.socket], ready: Callable[[], object]) -> None:
         requests = Requests(
@@ -228,6 +213,7 @@ class Node:
             status=self.status,
             more={kind: answer for part in self._parts for kind, answer in part.handlers.items()},
         )
+        hints = Hints(self.config.cluster, self._node.id, self._is_known)
         self.peers = Peers(
             cluster=self.config.cluster,
             node_id=self._node.id,
@@ -238,6 +224,7 @@ class Node:
             hello=self.hello,
             on_disk=requests.on_disk,
             metrics=self.metrics,
+            hints=hints,
         )
         self.control = ControlServer(
             cluster=self.config.cluster,
@@ -256,15 +243,14 @@ class Node:
                 suspect=requests.suspect,
             )
         await self._start_http()
-        await requests.on_disk(self._remember_self)
-        self._on_disk = requests.on_disk
-        tasks = self._start_tasks(listeners)
+        await self._presence.say(requests.on_disk)
+        tasks = self._start_tasks(listeners, requests, hints)
         _log.info(
             "node_started",
             node=self._node.id,
             roles=self._node.roles,
-            address=self._address,
-            bulk=self._bulk_port,
+            address=self._presence.address,
+            bulk=self._presence.bulk_port,
         )
         ready()
         try:
@@ -275,15 +261,19 @@ class Node:
             await asyncio.to_thread(requests.close)
             _log.info("node_stopped", node=self._node.id)
 
-    def _start_tasks(self, listeners: Sequence[socket.socket]) -> list[asyncio.Task[None]]:
+    def _start_tasks(
+        self, listeners: Sequence[socket.socket], requests: Requests, hints: Hints
+    ) -> list[asyncio.Task[None]]:
         assert self.peers is not None
         waiting = Unauthenticated()
-        work = {
+        work: dict[str, Callable[[], Coroutine[None, None, None]]] = {
             "accept control": Acceptor(listeners[0], waiting, self.control.handshake).run,
             "peers": self.peers.run,
             "medium": self._watch_medium,
-            "presence": self._stay_known,
+            "presence": partial(self._presence.follow, requests.on_disk),
         }
+        if self.config.discovery.mdns:
+            work["discovery"] = partial(self._discover, hints)
         if self.worker is not None:
             secure = self.worker.handshake(self._server_context, self.config.cluster)
             work["accept bulk"] = Acceptor(listeners[1], waiting, secure).run
@@ -314,6 +304,17 @@ class Node:
             self.failed_part = task.get_name()
             self.request_stop()
 
+    def _is_known(self, node: str) -> bool:
+        return self.peers is not None and self.peers.knows(node)
+
+    async def _discover(self, hints: Hints) -> None:
+        # Takes memory, which a node without mDNS has better use for.
+        from ckptd.discovery.service import Discovery, OwnService
+
+        host, port = self._presence.bound
+        own = OwnService(self._node.id, __version__, self._node.roles, host, port)
+        await Discovery(hints, self.config.discovery.interfaces, own).run()
+
     async def _start_http(self) -> None:
         observe = self.config.observe
         loopback = observe.listen.host in ("127.0.0.1", "::1", "localhost")
@@ -329,30 +330,6 @@ class Node:
             targets=self._targets,
         )
         await self._http.start()
-
-    def _remember_self(self) -> None:
-        """Writes this node's member document, unless the newest one says the same."""
-        member = member_document(
-            self.records.catalogue,
-            self._node,
-            cluster=self.config.cluster,
-            address=self._address,
-            bulk_port=self._bulk_port,
-        )
-        if member is not None:
-            self.records.write(documents.encode(member), self._signer)
-
-    async def _stay_known(self) -> None:
-        """What an earlier life of this node said of itself may come back from others, with a later
-        order than this one could know at its start: then it is said once more."""
-        while True:
-            await asyncio.sleep(limits.REMEMBER_SELF_INTERVAL_S)
-            try:
-                await self._on_disk(self._remember_self)
-            except CkptdError as error:
-                _log.warning("member_not_written", reason=error.message, next=error.next)
-
-    _on_disk: OnDisk
 
     async def _watch_medium(self) -> None:
         """Sets the failed state when the disk is gone although nobody uses it."""

@@ -1,7 +1,9 @@
 """The other nodes: one control connection to each, heartbeats, and catalogues that converge.
 
-Addresses from the config and from member documents are hints; who answers is decided by the
-certificate. Every heartbeat tells the digest of the peer's catalogue; when it differs from ours,
+Addresses from the config, from member documents and from announcements are hints; who answers is
+decided by the certificate. One connection is kept to each node, whatever number of ways leads to
+it; when a node is announced at another place, that is tried beside the connection that there is.
+Every heartbeat tells the digest of the peer's catalogue; when it differs from ours,
 ids are exchanged, and each side gets the documents that it lacks (anti-entropy).
 """
 
@@ -23,6 +25,7 @@ from ckptd.core import limits
 from ckptd.core.identity import Identity, Role
 from ckptd.core.membership import PeerState, peer_state
 from ckptd.core.quantities import Address, parse_address
+from ckptd.discovery.hints import Hints
 from ckptd.errors import CkptdError, DocumentRefused, PeerError
 from ckptd.net.control import ControlClient, connect_control
 from ckptd.node.records import Records
@@ -51,6 +54,14 @@ class Peer:
     boot_id: str = ""
     heard_s: float | None = None
     state: PeerState = "down"
+
+
+@dataclass
+class _Link:
+    """The connection to a node that is in use, and when it last answered on it."""
+
+    client: ControlClient
+    answered_s: float
 
 
 def missing_ids(
@@ -94,6 +105,7 @@ class Peers:
         hello: Callable[[], messages.Hello],
         on_disk: OnDisk,
         metrics: Metrics,
+        hints: Hints,
     ) -> None:
         self._cluster = cluster
         self._node_id = node_id
@@ -105,11 +117,19 @@ class Peers:
         self._on_disk = on_disk
         self._metrics = metrics
         self._peers: dict[str, Peer] = {}
+        self._hints = hints
         self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._seekers: dict[str, asyncio.Task[None]] = {}
+        self._seeking = asyncio.Semaphore(limits.ANNOUNCED_CONNECTS_MAX)
+        self._links: dict[str, _Link] = {}
         self._own_addresses: set[str] = set()
         self._jitter = random.Random()
         # What a peer answers is held in memory: one at a time may answer with much.
         self._syncing = asyncio.Lock()
+
+    def knows(self, node: str) -> bool:
+        """Whether this node is remembered, or has proved who it is."""
+        return node in self._peers
 
     def views(self) -> Iterator[messages.PeerView]:
         """What this node thinks of each other one, now."""
@@ -135,17 +155,37 @@ class Peers:
         """Looks for nodes to keep in touch with, and notes who went silent."""
         try:
             while True:
-                for address in self._wanted_addresses():
-                    if address not in self._keepers:
-                        self._keepers[address] = asyncio.create_task(
-                            self._keep(address), name=f"peer {address}"
-                        )
+                self._start_keepers()
+                self._start_seekers()
                 self._note_states()
                 await asyncio.sleep(self._config.heartbeat_s)
         finally:
-            for task in self._keepers.values():
+            tasks = [*self._keepers.values(), *self._seekers.values()]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*self._keepers.values(), return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _start_keepers(self) -> None:
+        wanted = self._wanted_addresses()
+        for address in wanted:
+            if address not in self._keepers:
+                self._keepers[address] = asyncio.create_task(
+                    self._keep(address), name=f"peer {address}"
+                )
+        used = {link.client.address for link in self._links.values()}
+        for address in self._keepers.keys() - set(wanted) - used:
+            self._keepers.pop(address).cancel()  # the node that was there has moved
+
+    def _start_seekers(self) -> None:
+        for node in self._hints.nodes(time.monotonic()):
+            if node not in self._seekers:
+                task = asyncio.create_task(self._seek(node), name=f"announced {node}")
+                self._seekers[node] = task
+                task.add_done_callback(partial(self._seeker_ended, node))
+
+    def _seeker_ended(self, node: str, task: asyncio.Task[None]) -> None:
+        if self._seekers.get(node) is task:
+            del self._seekers[node]
 
     def _wanted_addresses(self) -> list[str]:
         known = list(self._configured)
@@ -208,17 +248,94 @@ class Peers:
                 self._keepers.pop(address, None)
                 await client.close()
                 return
-            try:
-                await self._converse(client, address)
-            except CkptdError as error:
-                _log.info("peer_lost", node=client.node_id, reason=error.message)
-            except Exception:  # the edge of this task: the peer will be tried again
-                _log.exception("peer_failed", node=client.node_id)
-            finally:
+            if not self._is_needed(client):
                 await client.close()
+                await self._until_needed(client)
+                continue
+            await self._hold(client, address)
             await asyncio.sleep(self._config.heartbeat_s)
 
-    async def _converse(self, client: ControlClient, address: str) -> None:
+    def _is_needed(self, client: ControlClient) -> bool:
+        """Whether there is no connection to this node, or one to where it no longer answers."""
+        link = self._links.get(client.node_id)
+        if link is None:
+            return True
+        silent_s = time.monotonic() - link.answered_s
+        return link.client.remote != client.remote and silent_s >= self._config.suspect_s
+
+    async def _until_needed(self, client: ControlClient) -> None:
+        while True:
+            await asyncio.sleep(self._config.heartbeat_s)
+            if self._is_needed(client):
+                return
+
+    async def _seek(self, node: str) -> None:
+        """Keeps in touch with a node for as long as it is announced, wherever it is."""
+        wait_s = self._config.heartbeat_s
+        while addresses := self._hints.addresses(node, time.monotonic()):
+            link = self._links.get(node)
+            announced = self._hints.announced(node, time.monotonic())
+            if link is not None and (not announced or link.client.remote in announced):
+                await asyncio.sleep(self._config.heartbeat_s)
+                continue
+            client = await self._first_answer(node, addresses)
+            if client is not None:
+                wait_s = self._config.heartbeat_s
+                await self._hold(client, str(client.remote))
+                await asyncio.sleep(self._config.heartbeat_s)
+                continue
+            retry_s = time.monotonic() + wait_s * self._jitter.uniform(0.5, 1.0)
+            wait_s = min(wait_s * 2, limits.ANNOUNCED_RETRY_MAX_S)
+            while True:
+                await asyncio.sleep(self._config.heartbeat_s)
+                now_s = time.monotonic()
+                if now_s >= retry_s or not set(addresses).issuperset(
+                    self._hints.announced(node, now_s)
+                ):
+                    break
+
+    async def _first_answer(self, node: str, addresses: list[Address]) -> ControlClient | None:
+        """A connection to `node` at the first address where it proves to be there."""
+        for address in addresses:
+            try:
+                async with self._seeking, asyncio.timeout(limits.ANNOUNCED_CONNECT_TIMEOUT_S):
+                    client = await connect_control(
+                        address.host,
+                        address.port,
+                        context=self._context,
+                        cluster=self._cluster,
+                        hello=self._hello(),
+                        expected_node_id=node,
+                    )
+            except (CkptdError, TimeoutError) as error:
+                reason = error.message if isinstance(error, CkptdError) else "no answer"
+                _log.debug("announced_unreachable", node=node, address=address, reason=reason)
+                self._hints.disprove(node, address)
+                continue
+            self._hints.prove(node, address, time.monotonic())
+            return client
+        return None
+
+    async def _hold(self, client: ControlClient, address: str) -> None:
+        """Talks with a node until the connection is lost, or another one takes its place."""
+        node = client.node_id
+        before = self._links.get(node)
+        link = self._links[node] = _Link(client, time.monotonic())
+        try:
+            if before is not None:
+                await before.client.close()  # the node has moved
+            await self._converse(link, address)
+        except CkptdError as error:
+            _log.info("peer_lost", node=node, address=address, reason=error.message)
+        except Exception:  # the edge of this task: the peer will be tried again
+            _log.exception("peer_failed", node=node)
+        finally:
+            if self._links.get(node) is link:
+                del self._links[node]
+            await client.close()
+
+    async def _converse(self, link: _Link, address: str) -> None:
+        client = link.client
         peer = self._peer(client.node_id, address)
         peer.address = address
         self._heard(peer, client.hello, client.identity)
@@ -226,6 +343,7 @@ class Peers:
             status, _ = await client.request(
                 messages.Ping(), messages.NodeStatus, timeout_s=self._config.down_s
             )
+            link.answered_s = time.monotonic()
             self._heard(peer, client.hello, client.identity)
             self._metrics.clock_skew(peer.node, status.clock_ms / 1000 - time.time())
             if Role.WORKER in client.identity.roles:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import socket
@@ -12,13 +13,21 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
+import structlog
+
 from ckptd.config import Config, NodeConfig
-from ckptd.core import documents
+from ckptd.core import documents, limits
 from ckptd.core.catalogue import Catalogue
 from ckptd.core.quantities import Address
-from ckptd.errors import ConfigError
+from ckptd.core.signing import Signer
+from ckptd.discovery.interfaces import choose, read_interfaces
+from ckptd.errors import CkptdError, ConfigError, DocumentRefused
 from ckptd.net.acceptor import listen
+from ckptd.node.peers import OnDisk
+from ckptd.node.records import Records
 from ckptd.store.marker import StoreDirectory, init_store, open_store
+
+_log = structlog.get_logger(__name__)
 
 DOCUMENTS: Final = "documents"
 """Below the state of a coordinator: its copy of the catalogue, laid out like a store."""
@@ -38,16 +47,20 @@ def now_text() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def reachable_host(host: str, peers: Sequence[Address]) -> str:
-    """The address that others reach a node at which listens on `host`: of the interface that a
-    packet to the configured peers would leave by, when it listens on all of them."""
+def reachable_host(host: str, peers: Sequence[Address], interfaces: Sequence[str]) -> str:
+    """The address that others reach a node at which listens on `host`: when it listens on all
+    interfaces, of the one that a packet to the configured peers would leave by, else of the first
+    fit one. `interfaces` is the config's `discovery.interfaces`."""
     if host not in _WILDCARDS:
         return host
     for peer in peers:
         with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
             probe.connect((peer.host, peer.port))  # sends nothing: it only picks a route
-            return str(probe.getsockname()[0])
-    return socket.gethostname()
+            found = str(probe.getsockname()[0])
+            if not found.startswith("127.") or peer.host.startswith("127."):
+                return found  # else the peer is this node itself, by its name
+    choice = choose(read_interfaces(), interfaces, host)
+    return choice.advertised[0] if choice.advertised else socket.gethostname()
 
 
 def listening(key: str, host: str, port: int) -> socket.socket:
@@ -108,3 +121,90 @@ def member_document(
     ):
         return None
     return member
+
+
+class Presence:
+    """Where a node listens, and what it tells others of that: in hellos at once, in its member
+    document less often, since documents are kept for ever."""
+
+    def __init__(self, config: Config, records: Records, signer: Signer) -> None:
+        assert config.node is not None, "it is a node"
+        self._config = config
+        self._node: NodeConfig = config.node
+        self._records = records
+        self._signer = signer
+        self.address = ""
+        """Where others reach this node; "" before it listens."""
+        self.bulk_port = 0
+        """Where it takes shards; 0 for one that keeps none."""
+        self.bound: Address
+
+    def listen(self) -> list[socket.socket]:
+        """The listening sockets: for control connections, and a worker's for bulk ones."""
+        host, port = self._node.listen
+        control = listening("node.listen", host, port)
+        listeners = [control]
+        try:
+            if self._config.is_worker:
+                listeners.append(listening("node.bulk_port", host, self._node.bulk_port))
+                self.bulk_port = listeners[1].getsockname()[1]
+            self.bound = Address(*control.getsockname()[:2])
+            self.address = self._reachable_address()
+        except BaseException:
+            for listener in listeners:
+                listener.close()
+            raise
+        return listeners
+
+    def _reachable_address(self) -> str:
+        discovery = self._config.discovery
+        host = reachable_host(self._node.listen.host, discovery.peers, discovery.interfaces)
+        return str(Address(host, self.bound.port))
+
+    async def say(self, on_disk: OnDisk) -> bool:
+        """Writes the node's member document unless its newest one says the same; whether that was
+        tried. One too many is only logged: peers know the address from hellos. Raises NoRoom or
+        MediumFailed."""
+        try:
+            return await on_disk(self._remember)
+        except DocumentRefused as error:
+            _log.warning("address_not_remembered", reason=error.message)
+            return True
+
+    def _remember(self) -> bool:
+        member = member_document(
+            self._records.catalogue,
+            self._node,
+            cluster=self._config.cluster,
+            address=self.address,
+            bulk_port=self.bulk_port,
+        )
+        if member is None:
+            return False
+        self._records.write(documents.encode(member), self._signer)
+        return True
+
+    async def follow(self, on_disk: OnDisk) -> None:
+        """Follows the machine when it gets another address, until cancelled. The others hear of it
+        at once; a document comes less often the more often that happens.
+
+        What an earlier life of this node said of itself may come back from others, with a later
+        order than this one could know at its start: then it is said once more.
+        """
+        pause_s, next_s = limits.ADDRESS_DOCUMENT_PAUSE_MIN_S, 0.0
+        while True:
+            await asyncio.sleep(limits.INTERFACES_CHECK_INTERVAL_S)
+            address = await asyncio.to_thread(self._reachable_address)
+            if address != self.address:
+                _log.info("address_changed", address=address, before=self.address)
+                self.address = address
+            if time.monotonic() < next_s:
+                continue
+            try:
+                tried = await self.say(on_disk)
+            except CkptdError as error:
+                _log.warning("address_not_remembered", reason=error.message, next=error.next)
+                tried = True
+            if tried:
+                next_s = time.monotonic() + pause_s
+                pause_s = min(2 * pause_s, limits.ADDRESS_DOCUMENT_PAUSE_MAX_S)
