@@ -101,7 +101,7 @@ def test_a_client_needs_only_cluster_and_tls_and_gets_the_documented_defaults() 
     written = effective(config)
     assert {key: written[key] for key in written.keys() - {"cluster", "tls"}} == {
         "replication": {"copies": 2, "shard_size": "32MiB"},
-        "discovery": {"mdns": False, "peers": [], "interfaces": []},
+        "discovery": {"mdns": True, "peers": [], "interfaces": []},
         "membership": {"heartbeat": "1s", "suspect": "5s", "down": "20s"},
         "watch": [],
         "retention": [],
@@ -201,7 +201,6 @@ def test_all_faults_are_found_at_once() -> None:
         ({"store": {"path": "/s", "reserve": "91%"}}, "store.reserve", "leaves no room"),
         ({"store": {"path": "/s", "reserve": "some"}}, "store.reserve", "is not a size"),
         ({"store": {"reserve": "5%"}}, "store.path", "missing"),
-        ({"discovery": {"mdns": True}}, "discovery.mdns", "not in this version: list peers"),
         ({"discovery": {"mdns": "no"}}, "discovery.mdns", "must be true or false"),
         ({"discovery": {"peers": "pi1:1"}}, "discovery.peers", "must be a list, not text"),
         ({"discovery": {"peers": ["pi1"]}}, "discovery.peers[0]", "is not an address"),
@@ -305,7 +304,6 @@ def test_the_reserve_is_a_share_or_a_size() -> None:
 
 def test_keys_without_effect_in_this_version_are_listed() -> None:
     assert inactive_keys(read(FULL)) == [
-        "discovery.interfaces",
         "watch[0]",
         "retention[0]",
         "repair.rate",

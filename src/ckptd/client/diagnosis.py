@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Literal
@@ -20,7 +21,7 @@ from ckptd.client.survey import machines_of, survey, timestamp
 from ckptd.config import Config, check_roots, inactive_keys
 from ckptd.core import limits
 from ckptd.core.identity import Role, identity_of, load_ca, verify_chain
-from ckptd.errors import CkptdError
+from ckptd.errors import CkptdError, DiscoveryFailed
 from ckptd.net.tls import cipher_environment, client_context
 from ckptd.wire import messages
 
@@ -47,11 +48,15 @@ async def diagnose(config: Config, *, environ: Mapping[str, str] = os.environ) -
     findings += check_cipher(_read_cpuinfo(), environ)
     if any(finding.check == "certificate" and finding.state == "error" for finding in findings):
         return findings
+    heard = await _listen(config)
+    answering: set[str] = set()
     try:
         async with connect(config) as cluster:
+            answering = set(cluster.nodes)
             findings += await _check_cluster(cluster)
     except CkptdError as error:
         findings.append(Finding("connection", "error", error.message, error.next or "ckptd nodes"))
+    findings += check_mdns(config, heard, answering)
     return findings
 
 
@@ -70,9 +75,12 @@ def check_config(config: Config) -> Iterator[Finding]:
             f"nothing acts on {', '.join(keys)} here",
             "ckptd config check",
         )
-    if not config.discovery.peers and config.node is None:
+    if not config.discovery.peers and not config.discovery.mdns and config.node is None:
         yield Finding(
-            "config", "error", "no node is named: discovery.peers is empty", "ckptd config check"
+            "config",
+            "error",
+            "no node can be found: discovery.peers is empty and discovery.mdns is off",
+            "ckptd config check",
         )
     yield Finding("config", "ok", f"cluster {config.cluster}")
 
@@ -162,6 +170,82 @@ def _read_cpuinfo() -> str:
         return _CPUINFO.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
+
+
+# -- the local network
+
+
+class Heard(Struct, frozen=True):
+    """What mDNS brought within a moment: on which own addresses, nodes of this cluster, names of
+    others. `failure` says why it cannot be used here, or is ""."""
+
+    on: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = ()
+    other_clusters: tuple[str, ...] = ()
+    failure: str = ""
+
+
+async def _listen(config: Config) -> Heard:
+    if not config.discovery.mdns:
+        return Heard()
+    from ckptd.discovery.service import look_out
+
+    try:
+        async with look_out(config.cluster, config.discovery.interfaces) as lookout:
+            # Others that ask at the same time may delay answers: all of the time is given.
+            await asyncio.sleep(limits.DISCOVERY_WAIT_S)
+            return Heard(
+                lookout.choice.multicast,
+                tuple(sorted(lookout.hints.nodes(time.monotonic()))),
+                tuple(sorted(lookout.hints.other_clusters)),
+            )
+    except DiscoveryFailed as error:
+        return Heard(failure=error.message)
+
+
+def check_mdns(
+    config: Config, heard: Heard, answering: Collection[str], *, platform: str = sys.platform
+) -> Iterator[Finding]:
+    """Whether nodes can be found without an address. `answering`: ids of the nodes that answer,
+    however they were found. `platform` is a value of `sys.platform`."""
+    if not config.discovery.mdns:
+        yield Finding("mdns", "ok", "off: nodes are found by discovery.peers alone")
+        return
+    # With configured peers the cluster works all the same, as far as they are right.
+    state: State = "warning" if config.discovery.peers else "error"
+    if heard.failure:
+        yield Finding(
+            "mdns",
+            state,
+            heard.failure,
+            "name an interface of the home network in discovery.interfaces (ip -brief address), "
+            "or the nodes in discovery.peers",
+        )
+        return
+    where = ", ".join(heard.on)
+    others = f"; clusters heard besides: {', '.join(heard.other_clusters)}"[:500]
+    others = others if heard.other_clusters else ""
+    if heard.nodes:
+        yield Finding("mdns", "ok", f"heard {', '.join(heard.nodes)} on {where}{others}")
+        return
+    silence = f"no node of cluster {config.cluster} was heard on {where}{others}"
+    if answering:
+        silence += f", but {len(answering)} answer: multicast does not get through"
+    yield Finding("mdns", state, silence, _multicast_advice(platform))
+
+
+def _multicast_advice(platform: str) -> str:
+    if platform == "darwin":
+        return (
+            "System Settings > Privacy & Security > Local Network: allow your terminal (a daemon "
+            "belongs into /Library/LaunchDaemons, which needs no permission); else list the nodes "
+            "in discovery.peers"
+        )
+    return (
+        "allow UDP port 5353 in the firewalls of this machine and of the nodes (sudo ufw allow "
+        "mdns), switch off client isolation in the access point, or list the nodes in "
+        "discovery.peers"
+    )
 
 
 # -- the cluster

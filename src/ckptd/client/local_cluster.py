@@ -89,9 +89,10 @@ class LocalNode:
 
 
 class LocalCluster:
-    """The embedded cluster in one directory."""
+    """The embedded cluster in one directory. `cluster` is its name when it is made."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, cluster: str = CLUSTER) -> None:
+        self.cluster = cluster
         self.directory = directory.expanduser().absolute()
 
     @property
@@ -191,7 +192,7 @@ class LocalCluster:
         pki_directory = self.directory / "pki"
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         if not (pki_directory / "ca.pem").exists():
-            code = pki.init_cluster(pki_directory, CLUSTER)
+            code = pki.init_cluster(pki_directory, self.cluster)
             # An embedded cluster protects nothing from its own user: the code may lie beside it.
             (self.directory / "recovery-code").write_text(code + "\n", encoding="ascii")
         self.watch_root.mkdir(exist_ok=True)
@@ -203,7 +204,7 @@ class LocalCluster:
                 pki.issue(pki_directory, [role], node_id)
             self._write_node(node_id, role, addresses, overrides)
         client = {
-            "cluster": CLUSTER,
+            "cluster": self.cluster,
             "tls": _tls(pki_directory, "client"),
             "discovery": {
                 "mdns": False,
@@ -249,7 +250,7 @@ class LocalCluster:
         directory.mkdir(exist_ok=True, mode=0o700)
         own = addresses[node_id]
         node: dict[str, Any] = {
-            "cluster": CLUSTER,
+            "cluster": self.cluster,
             # Zones of their own: one machine plays several here, and copies must be apart.
             "node": {
                 "id": node_id,

@@ -129,9 +129,12 @@ class Search:
         waited_s = now_s - opened_s
         if self._announced:
             return waited_s >= limits.DISCOVERY_WAIT_S + limits.ANNOUNCED_CONNECT_TIMEOUT_S
-        if lookout.hints.nodes(now_s) and now_s - news_s >= limits.DISCOVERY_QUIET_S:
-            return True
-        return waited_s >= limits.DISCOVERY_WAIT_S
+        if not self._nodes:
+            # Whoever was heard told lies: true answers may come late, where others asked before.
+            return waited_s >= 2 * limits.DISCOVERY_WAIT_S
+        return waited_s >= limits.DISCOVERY_WAIT_S or (
+            bool(lookout.hints.nodes(now_s)) and now_s - news_s >= limits.DISCOVERY_QUIET_S
+        )
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> Lookout | None:
         # Takes a noticeable part of a second on a Pi; most commands do without.

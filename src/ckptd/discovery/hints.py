@@ -23,6 +23,9 @@ class _Place:
     gone_s: float | None = None
     proved: bool = False
 
+    def is_stale(self, now_s: float) -> bool:
+        return self.gone_s is not None and now_s - self.gone_s >= limits.ANNOUNCEMENT_LINGER_S
+
 
 @dataclass
 class _Announced:
@@ -112,19 +115,21 @@ class Hints:
     def addresses(self, node: str, now_s: float) -> list[Address]:
         """Where to try this node: addresses that are announced now first, of these the ones that
         were right before, then the latest. Empty when it is not announced any more."""
-        self.forget_stale(now_s)
-        known = self._nodes.get(node)
-        if known is None:
-            return []
-        found = list(known.places.items())  # in the order of the announcement
-        found.sort(key=lambda item: (item[1].gone_s is not None, not item[1].proved,
-                                     -item[1].heard_s))  # fmt: skip
-        return [address for address, _ in found]
+        return [address for address, _ in self._places(node, now_s)]
 
     def announced(self, node: str, now_s: float) -> list[Address]:
         """As `addresses`, without those that were taken back."""
-        places = self._nodes[node].places if node in self._nodes else {}
-        return [a for a in self.addresses(node, now_s) if places[a].gone_s is None]
+        return [address for address, place in self._places(node, now_s) if place.gone_s is None]
+
+    def _places(self, node: str, now_s: float) -> list[tuple[Address, _Place]]:
+        known = self._nodes.get(node)
+        if known is None:
+            return []
+        # In the order of the announcement as far as nothing else decides.
+        found = [item for item in known.places.items() if not item[1].is_stale(now_s)]
+        found.sort(key=lambda item: (item[1].gone_s is not None, not item[1].proved,
+                                     -item[1].heard_s))  # fmt: skip
+        return found
 
     def software(self, node: str) -> str:
         """The version that a node says it runs; "" when it is not announced."""
@@ -134,8 +139,7 @@ class Hints:
         """Drops what has been gone for ANNOUNCEMENT_LINGER_S."""
         for node, known in list(self._nodes.items()):
             for address, place in list(known.places.items()):
-                gone_s = place.gone_s
-                if gone_s is not None and now_s - gone_s >= limits.ANNOUNCEMENT_LINGER_S:
+                if place.is_stale(now_s):
                     del known.places[address]
             if not known.places:
                 del self._nodes[node]

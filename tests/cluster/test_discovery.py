@@ -1,0 +1,241 @@
+"""Nodes and commands that find each other with no address in any file: mDNS on loopback.
+
+The tests play the other programs on the network themselves: they announce, take back and lie, with
+the same library, on the same interface. Each cluster has a name of its own, so that runs side by
+side do not meet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ckptd.client.cluster import Cluster, connect
+from ckptd.client.local_cluster import LocalCluster
+from ckptd.config import load
+from ckptd.core.quantities import Address
+from ckptd.discovery.announcer import announce
+from ckptd.discovery.interfaces import LOOPBACK_NAMES, read_interfaces
+from ckptd.discovery.multicast import open_multicast
+from ckptd.discovery.service import Lookout, look_out
+from ckptd.net.loop import run
+
+LOOPBACK = next(i.name for i in read_interfaces() if i.name in LOOPBACK_NAMES)
+SETTINGS = (
+    "discovery.mdns=true",
+    "discovery.peers=[]",
+    f"discovery.interfaces=[{LOOPBACK}]",
+    "membership.heartbeat=200ms",
+)
+
+
+class AnnouncedCluster(LocalCluster):
+    """Daemons of which no config names another one."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory, f"t{secrets.token_hex(6)}")
+
+    def start(self) -> None:
+        self.up(2, SETTINGS)
+        for path in self.directory.rglob("ckptd.yml"):
+            assert yaml.safe_load(path.read_text())["discovery"]["peers"] == []
+
+    def address(self, node: str) -> Address:
+        config = next(n.config for n in self.nodes() if n.id == node)
+        assert config.node is not None
+        return config.node.listen
+
+    def log(self, node: str) -> list[dict[str, Any]]:
+        lines = (self.directory / node / "node.log").read_text().splitlines()
+        return [json.loads(line) for line in lines if line.startswith("{")]
+
+    def stop(self, node: str) -> None:
+        """Gracefully, and waits for the end."""
+        pid = next(n.pid for n in self.nodes() if n.id == node)
+        os.kill(pid, 15)
+        os.waitpid(pid, 0)
+
+    def command(self, *arguments: object) -> dict[str, Any]:
+        """The JSON of a command, which must succeed."""
+        line = [sys.executable, "-m", "ckptd", "--config", str(self.client_config), "--json"]
+        done = subprocess.run(
+            [*line, *map(str, arguments)], capture_output=True, text=True, timeout=60, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        document = json.loads(done.stdout)
+        assert isinstance(document, dict)
+        return document
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[AnnouncedCluster]:
+    running = AnnouncedCluster(tmp_path / "c")
+    running.start()
+    yield running
+    with contextlib.suppress(ChildProcessError):
+        running.down()
+
+
+async def until(condition: Callable[[], Awaitable[object]], what: str) -> None:
+    deadline_s = time.monotonic() + 30.0
+    while not await condition():
+        assert time.monotonic() < deadline_s, what
+        await asyncio.sleep(0.05)
+
+
+@contextlib.asynccontextmanager
+async def announced(cluster: AnnouncedCluster, node: str, port: int) -> AsyncIterator[None]:
+    """Somebody on the network who says that he is `node`, listening on `port`."""
+    multicast = await open_multicast(["127.0.0.1"])
+    try:
+        await announce(
+            multicast,
+            cluster=cluster.cluster,
+            node=node,
+            software="0",
+            roles=["worker"],
+            addresses=["127.0.0.1"],
+            port=port,
+        )
+        yield
+    finally:
+        await multicast.close()
+
+
+async def found_by_a_client(cluster: AnnouncedCluster) -> dict[str, str]:
+    async with connect(load(cluster.client_config)) as client:
+        assert not client.absent
+        return {node.id: str(node.control.remote) for node in client.nodes.values()}
+
+
+async def sees_up(client: Cluster, node: str, other: str, address: Address) -> bool:
+    if node not in client.nodes:
+        return False
+    await client.refresh()
+    views = {view.node: view for view in client.nodes[node].status.peers}
+    view = views.get(other)
+    return view is not None and (view.state, view.address) == ("up", str(address))
+
+
+def both(cluster: AnnouncedCluster) -> dict[str, str]:
+    return {node: str(cluster.address(node)) for node in ("node1", "node2")}
+
+
+async def heard(lookout: Lookout, node: str) -> list[Address]:
+    return lookout.hints.announced(node, time.monotonic())
+
+
+def test_nodes_and_client_find_each_other_without_any_address(
+    cluster: AnnouncedCluster, tmp_path: Path
+) -> None:
+    async def look() -> None:
+        assert await found_by_a_client(cluster) == both(cluster)
+        async with connect(load(cluster.client_config)) as client:
+            for node, other in (("node1", "node2"), ("node2", "node1")):
+                await until(
+                    lambda node=node, other=other: sees_up(  # type: ignore[misc]
+                        client, node, other, cluster.address(other)
+                    ),
+                    f"{node} does not find {other}",
+                )
+
+    run(look())
+    source = tmp_path / "model"
+    source.mkdir()
+    (source / "weights.bin").write_bytes(os.urandom(300_000))
+    assert cluster.command("store", source)["state"] == "protected"
+    cluster.command("restore", "model", "--to", tmp_path / "back")
+    assert (tmp_path / "back/weights.bin").read_bytes() == (source / "weights.bin").read_bytes()
+    findings = cluster.command("doctor")["findings"]
+    (mdns,) = (finding for finding in findings if finding["check"] == "mdns")
+    assert mdns["state"] == "ok" and "node1, node2" in mdns["message"]
+
+
+def test_a_node_says_goodbye_and_is_found_again_at_another_address(
+    cluster: AnnouncedCluster,
+) -> None:
+    path = cluster.directory / "node2/ckptd.yml"
+
+    async def look() -> None:
+        async with look_out(cluster.cluster, [LOOPBACK]) as lookout:
+            before = cluster.address("node2")
+            await until(lambda: heard(lookout, "node2"), "node2 is not announced")
+            assert await heard(lookout, "node2") == [before]
+            await asyncio.to_thread(cluster.stop, "node2")
+
+            async def gone() -> bool:
+                return not await heard(lookout, "node2")
+
+            await until(gone, "the goodbye of node2 was not heard")
+            document = yaml.safe_load(path.read_text())
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                document["node"]["listen"] = f"127.0.0.1:{free.getsockname()[1]}"
+            path.write_text(yaml.safe_dump(document))
+            await asyncio.to_thread(cluster.up, 2, SETTINGS)
+            after = cluster.address("node2")
+            assert after != before
+            async with connect(load(cluster.client_config)) as client:
+                assert {*client.nodes} == {"node1", "node2"}
+                await until(
+                    lambda: sees_up(client, "node1", "node2", after), "node1 lost track of node2"
+                )
+            assert await found_by_a_client(cluster) == both(cluster)
+
+    run(look())
+
+
+def test_liars_flapping_and_double_announcements_change_nothing(
+    cluster: AnnouncedCluster,
+) -> None:
+    """A stranger takes node2's name with a wrong port, with the port of node1, and every moment
+    anew; another one invents a node; a third repeats what is true."""
+
+    async def look() -> None:
+        async with connect(load(cluster.client_config)) as client:
+            await until(
+                lambda: sees_up(client, "node1", "node2", cluster.address("node2")), "not up"
+            )
+            before = len(cluster.log("node1"))
+            tried = 0
+
+            async def count(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                nonlocal tried
+                tried += 1
+                writer.close()
+
+            server = await asyncio.start_server(count, "127.0.0.1", 0)
+            trap = server.sockets[0].getsockname()[1]
+            async with server:
+                async with (
+                    announced(cluster, "node9", cluster.address("node1").port),
+                    announced(cluster, "node2", cluster.address("node2").port),
+                ):
+                    for _ in range(5):
+                        async with announced(cluster, "node2", trap):
+                            assert await found_by_a_client(cluster) == both(cluster)
+                        async with announced(cluster, "node2", cluster.address("node1").port):
+                            assert await found_by_a_client(cluster) == both(cluster)
+
+                async def was_tried() -> bool:
+                    return tried > 0
+
+                await until(was_tried, "the trap was never tried: the lie was not heard")
+            assert await sees_up(client, "node1", "node2", cluster.address("node2"))
+            assert not {view.node for view in client.nodes["node1"].status.peers} - {"node2"}
+            events = [line["event"] for line in cluster.log("node1")[before:]]
+            assert not {"peer_lost", "peer_state", "part_failed", "peer_failed"} & set(events)
+
+    run(look())
