@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from ckptd.client import diagnosis, pki
@@ -100,9 +101,12 @@ def test_certificates_that_cannot_be_used(authority: Path, tmp_path: Path) -> No
 
 
 def test_a_config_without_peers_finds_nobody(authority: Path) -> None:
-    alone = Config(cluster="home", tls=config(authority).tls)
+    tls = config(authority).tls
+    alone = Config(cluster="home", tls=tls, discovery=DiscoveryConfig(mdns=False))
     assert states(list(diagnosis.check_config(alone))) == ["error", "ok"]
     assert states(list(diagnosis.check_config(config(authority)))) == ["ok"]
+    listening = Config(cluster="home", tls=tls)
+    assert states(list(diagnosis.check_config(listening))) == ["ok"]
 
 
 def test_processors_without_aes_get_a_hint() -> None:
@@ -181,3 +185,50 @@ def test_software_and_machines() -> None:
 )
 def test_room(room: Room, state: str) -> None:
     assert diagnosis.check_room(room).state == state
+
+
+def on_mdns(authority: Path, *, mdns: bool = True, peers: tuple[Address, ...] = ()) -> Config:
+    return msgspec.structs.replace(
+        config(authority), discovery=DiscoveryConfig(mdns=mdns, peers=peers)
+    )
+
+
+HERE = ("192.168.1.5",)
+
+
+@pytest.mark.parametrize(
+    ("heard", "answering", "state", "words"),
+    [
+        (diagnosis.Heard(HERE, ("pi1", "pi2")), {"pi1", "pi2"}, "ok", "heard pi1, pi2 on 192.168."),
+        (diagnosis.Heard(HERE, ("pi1",), ("work",)), {"pi1"}, "ok", "besides: work"),
+        (diagnosis.Heard(HERE), {"pi1"}, "error", "1 answer: multicast does not get through"),
+        (diagnosis.Heard(HERE), set(), "error", "no node of cluster"),
+        (diagnosis.Heard(failure="no interface is left"), set(), "error", "no interface is left"),
+    ],
+)
+def test_what_mdns_brings(
+    authority: Path, heard: diagnosis.Heard, answering: set[str], state: str, words: str
+) -> None:
+    (finding,) = diagnosis.check_mdns(on_mdns(authority), heard, answering, platform="linux")
+    assert (finding.check, finding.state) == ("mdns", state)
+    assert words in finding.message
+    assert bool(finding.next) == (state != "ok")
+    peers = on_mdns(authority, peers=(Address("pi1", 7701),))
+    (finding,) = diagnosis.check_mdns(peers, heard, answering, platform="linux")
+    assert finding.state == ("ok" if state == "ok" else "warning")
+
+
+def test_without_mdns_nothing_is_expected_of_it(authority: Path) -> None:
+    off = on_mdns(authority, mdns=False)
+    (finding,) = diagnosis.check_mdns(off, diagnosis.Heard(), set())
+    assert finding.state == "ok" and "discovery.peers" in finding.message
+
+
+def test_the_advice_fits_the_system(authority: Path) -> None:
+    silent = diagnosis.Heard(HERE)
+    advice = {
+        platform: next(diagnosis.check_mdns(on_mdns(authority), silent, (), platform=platform)).next
+        for platform in ("darwin", "linux")
+    }
+    assert "Local Network" in advice["darwin"]
+    assert "UDP port 5353" in advice["linux"]
