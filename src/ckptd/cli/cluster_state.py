@@ -8,7 +8,7 @@ import click
 
 from ckptd.cli.session import on_cluster, session, shared_options
 from ckptd.cli.tables import count, duration, moment, printable, size, table
-from ckptd.errors import NotEnoughNodes, UsageError
+from ckptd.errors import UsageError
 
 if TYPE_CHECKING:
     from ckptd.client.cluster_status import ClusterStatus, Forecast, NodeRow
@@ -85,14 +85,12 @@ def nodes_command() -> None:
     from ckptd.client.cluster_status import node_rows
 
     async def rows(cluster: Cluster) -> tuple[NodeRow, ...]:
-        return node_rows(cluster)
+        found = node_rows(cluster)
+        if not found:
+            cluster.require_nodes()  # says where it was looked for them
+        return found
 
     found = on_cluster(rows)
-    if not found:
-        raise NotEnoughNodes(
-            "no node is known: the config names no peers (discovery.peers)",
-            next="ckptd config check",
-        )
     session().emit({"nodes": to_builtins(found)}, lambda: _nodes(found))
 
 

@@ -1,0 +1,119 @@
+"""How a client looks for nodes: what is asked first, and when it need not listen at all."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, cast
+
+from ckptd.client.nodes import AbsentNode, Node
+from ckptd.client.search import Search
+from ckptd.config import DiscoveryConfig
+from ckptd.core.quantities import Address
+from ckptd.errors import PeerUnreachable
+from ckptd.wire import messages
+
+NOWHERE = ("no-such-interface",)  # listening there fails, and says so
+
+
+class Connection:
+    """Of a node: all that a search does with it is to close one too many."""
+
+    closed = False
+
+    async def close(self) -> None:
+        self.closed = True
+
+
+class Network:
+    """Nodes by address; each remembers the others at the addresses that it is told."""
+
+    def __init__(self, nodes: dict[str, str], views: dict[str, tuple[str, float]]) -> None:
+        self.nodes = nodes
+        self.views = [
+            messages.PeerView(node, address, 1, "up", seen_s, ("worker",), "")
+            for node, (address, seen_s) in views.items()
+        ]
+        self.asked: list[str] = []
+        self.opened: list[Connection] = []
+
+    async def reach(self, address: Address, expected: str) -> Node:
+        self.asked.append(str(address))
+        node = self.nodes.get(str(address))
+        if node is None:
+            raise PeerUnreachable(str(address), "nobody there")
+        connection = Connection()
+        self.opened.append(connection)
+        others = tuple(view for view in self.views if view.node != node)
+        status: Any = type("Status", (), {"peers": others})()
+        return Node(node, cast(Any, connection), address.host, 1, status)
+
+
+def search(
+    network: Network, *addresses: str, mdns: bool = True
+) -> tuple[dict[str, Node], dict[str, AbsentNode], str]:
+    nodes: dict[str, Node] = {}
+    absent: dict[str, AbsentNode] = {}
+    config = DiscoveryConfig(mdns=mdns, interfaces=NOWHERE)
+    looking = Search("home", config, nodes, absent, network.reach)
+    asyncio.run(looking.run(addresses))
+    return nodes, absent, looking.outcome
+
+
+def test_peers_that_all_answer_are_enough_and_nothing_is_listened_to() -> None:
+    network = Network({"a:1": "pi1", "b:1": "pi2"}, {"pi2": ("b:1", 0.1)})
+    nodes, absent, outcome = search(network, "a:1")
+    assert (set(nodes), absent, outcome) == ({"pi1", "pi2"}, {}, "")
+    assert network.asked == ["a:1", "b:1"]
+
+
+def test_one_node_under_two_addresses_is_connected_to_once() -> None:
+    network = Network({"a:1": "pi1", "alias:1": "pi1"}, {})
+    nodes, absent, _ = search(network, "a:1", "alias:1")
+    assert (set(nodes), absent) == ({"pi1"}, {})
+    assert [connection.closed for connection in network.opened].count(True) == 1
+
+
+def test_without_peers_it_listens_and_says_why_it_cannot() -> None:
+    nodes, absent, outcome = search(Network({}, {}))
+    assert (nodes, absent) == ({}, {})
+    assert "no network interface is left" in outcome
+
+
+def test_without_peers_and_mdns_there_is_nothing_to_do() -> None:
+    assert search(Network({}, {}), mdns=False) == ({}, {}, "no peers are known")
+
+
+def test_it_listens_for_a_node_that_was_there_lately() -> None:
+    network = Network({"a:1": "pi1"}, {"pi2": ("gone:1", 5.0)})
+    nodes, absent, outcome = search(network, "a:1")
+    assert set(nodes) == {"pi1"}
+    assert absent["pi2"].reason == "nobody there"
+    assert "no network interface is left" in outcome
+
+
+def test_nobody_waits_for_a_node_that_is_long_gone() -> None:
+    network = Network({"a:1": "pi1"}, {"pi2": ("gone:1", 5000.0), "pi3": ("", -1.0)})
+    nodes, absent, outcome = search(network, "a:1")
+    assert (set(nodes), set(absent), outcome) == ({"pi1"}, {"pi2", "pi3"}, "")
+
+
+def test_a_peer_that_does_not_answer_is_told_by_its_address() -> None:
+    nodes, absent, _ = search(Network({"a:1": "pi1"}, {}), "a:1", "b:1")
+    assert set(nodes) == {"pi1"}
+    assert (absent["b:1"].id, absent["b:1"].reason) == ("", "nobody there")
+
+
+def test_a_second_look_finds_who_is_back() -> None:
+    network = Network({"a:1": "pi1"}, {"pi2": ("b:1", 1.0)})
+    nodes: dict[str, Node] = {}
+    absent: dict[str, AbsentNode] = {}
+    looking = Search("home", DiscoveryConfig(mdns=False), nodes, absent, network.reach)
+
+    async def twice() -> None:
+        await looking.run(["a:1"])
+        assert (set(nodes), set(absent)) == ({"pi1"}, {"pi2"})
+        network.nodes["b:1"] = "pi2"
+        await looking.run(["b:1"])
+
+    asyncio.run(twice())
+    assert (set(nodes), absent) == ({"pi1", "pi2"}, {})
