@@ -278,10 +278,18 @@ class Peers:
             if link is not None and (not announced or link.client.remote in announced):
                 await asyncio.sleep(self._config.heartbeat_s)
                 continue
+            if link is not None:
+                # Said to be elsewhere: only that is tried, not what was right until now, so that
+                # a liar does not make us leave a connection that works.
+                addresses = announced
             client = await self._first_answer(node, addresses)
             if client is not None:
                 wait_s = self._config.heartbeat_s
-                await self._hold(client, str(client.remote))
+                link = self._links.get(node)
+                if link is not None and link.client.remote == client.remote:
+                    await client.close()  # somebody else was quicker
+                else:
+                    await self._hold(client, str(client.remote))
                 await asyncio.sleep(self._config.heartbeat_s)
                 continue
             retry_s = time.monotonic() + wait_s * self._jitter.uniform(0.5, 1.0)
