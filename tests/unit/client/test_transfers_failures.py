@@ -63,7 +63,6 @@ def _transfers(*nodes: Node, copies: int = 2) -> tuple[Transfers, Cluster, _Note
         nodes={node.id: node for node in nodes},
         absent={},
         ca=cast(Any, None),
-        reach=cast(Any, None),
     )
     notes = _Notes()
     return Transfers(cluster, copies, notes), cluster, notes
