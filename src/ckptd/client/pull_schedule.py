@@ -212,6 +212,7 @@ class Schedule:
         if attempt.cancelled:  # counted when it was taken over
             if copy_is_bad:
                 self._exclude(attempt.shard, attempt.place)
+                self._offer(attempt.shard)  # this may have been the last place for it
             return
         self.fallbacks += 1
         self._running.discard(attempt)

@@ -136,6 +136,16 @@ def test_a_bad_copy_found_after_a_take_over_is_remembered() -> None:
     assert schedule.excluded(0) == ("a",)
 
 
+def test_a_bad_copy_found_after_a_take_over_may_have_been_the_last() -> None:
+    schedule = Schedule([100], [("a", "b")])
+    stuck = take(schedule, "a")
+    taken_over = take(schedule, "b", STALLED_AFTER_S)
+    schedule.fail(taken_over, copy_is_bad=True)
+    assert schedule.hopeless == []
+    schedule.fail(stuck, copy_is_bad=True)
+    assert schedule.hopeless == [0]
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     seed=st.integers(0, 2**32),
