@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import secrets
@@ -22,6 +23,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.cluster.kill_fixtures import make_checkpoint
 
 from ckptd.client.cluster import Cluster, connect
 from ckptd.client.local_cluster import LocalCluster
@@ -33,11 +35,13 @@ from ckptd.discovery.multicast import open_multicast
 from ckptd.discovery.service import Lookout, look_out
 from ckptd.net.loop import run
 
+NODES = ("coordinator", "node1", "node2")
 LOOPBACK = next(i.name for i in read_interfaces() if i.name in LOOPBACK_NAMES)
 SETTINGS = (
     "discovery.mdns=true",
     "discovery.peers=[]",
     f"discovery.interfaces=[{LOOPBACK}]",
+    "watch.settle=500ms",
     "membership.heartbeat=200ms",
 )
 
@@ -54,7 +58,7 @@ class AnnouncedCluster(LocalCluster):
             assert yaml.safe_load(path.read_text())["discovery"]["peers"] == []
 
     def address(self, node: str) -> Address:
-        config = next(n.config for n in self.nodes() if n.id == node)
+        config = self._node(node).config
         assert config.node is not None
         return config.node.listen
 
@@ -67,6 +71,15 @@ class AnnouncedCluster(LocalCluster):
         pid = next(n.pid for n in self.nodes() if n.id == node)
         os.kill(pid, 15)
         os.waitpid(pid, 0)
+
+    def start_elsewhere(self, node: str) -> None:
+        """A stopped node comes back and listens elsewhere, which no other config says."""
+        path = self.directory / node / "ckptd.yml"
+        document = yaml.safe_load(path.read_text())
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            document["node"]["listen"] = f"127.0.0.1:{free.getsockname()[1]}"
+        path.write_text(yaml.safe_dump(document))
+        self.start()
 
     def command(self, *arguments: object) -> dict[str, Any]:
         """The JSON of a command, which must succeed."""
@@ -130,16 +143,16 @@ async def sees_up(client: Cluster, node: str, other: str, address: Address) -> b
     return view is not None and (view.state, view.address) == ("up", str(address))
 
 
-def both(cluster: AnnouncedCluster) -> dict[str, str]:
-    return {node: str(cluster.address(node)) for node in ("node1", "node2")}
+def everyone(cluster: AnnouncedCluster) -> dict[str, str]:
+    return {node: str(cluster.address(node)) for node in NODES}
 
 
 async def know_each_other(cluster: AnnouncedCluster) -> None:
-    """Returns once both nodes have found the other one."""
+    """Returns once every node has found every other one."""
 
     async def found() -> bool:
         async with connect(load(cluster.client_config)) as client:
-            for node, other in (("node1", "node2"), ("node2", "node1")):
+            for node, other in itertools.permutations(NODES, 2):
                 if not await sees_up(client, node, other, cluster.address(other)):
                     return False
             return True
@@ -156,7 +169,7 @@ def test_nodes_and_client_find_each_other_without_any_address(
 ) -> None:
     async def look() -> None:
         await know_each_other(cluster)
-        assert await found_by_a_client(cluster) == both(cluster)
+        assert await found_by_a_client(cluster) == everyone(cluster)
 
     run(look())
     source = tmp_path / "model"
@@ -173,8 +186,6 @@ def test_nodes_and_client_find_each_other_without_any_address(
 def test_a_node_says_goodbye_and_is_found_again_at_another_address(
     cluster: AnnouncedCluster,
 ) -> None:
-    path = cluster.directory / "node2/ckptd.yml"
-
     async def look() -> None:
         async with look_out(cluster.cluster, [LOOPBACK]) as lookout:
             before = cluster.address("node2")
@@ -186,19 +197,38 @@ def test_a_node_says_goodbye_and_is_found_again_at_another_address(
                 return not await heard(lookout, "node2")
 
             await until(gone, "the goodbye of node2 was not heard")
-            document = yaml.safe_load(path.read_text())
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                document["node"]["listen"] = f"127.0.0.1:{free.getsockname()[1]}"
-            path.write_text(yaml.safe_dump(document))
-            await asyncio.to_thread(cluster.up, 2, SETTINGS)
+            await asyncio.to_thread(cluster.start_elsewhere, "node2")
             after = cluster.address("node2")
             assert after != before
             async with connect(load(cluster.client_config)) as client:
-                assert {*client.nodes} == {"node1", "node2"}
+                assert {*client.nodes} == {*NODES}
                 await until(
                     lambda: sees_up(client, "node1", "node2", after), "node1 lost track of node2"
                 )
-            assert await found_by_a_client(cluster) == both(cluster)
+            assert await found_by_a_client(cluster) == everyone(cluster)
+
+    run(look())
+
+
+def test_a_coordinator_stores_on_nodes_that_it_heard_of_and_follows_them(
+    cluster: AnnouncedCluster, tmp_path: Path
+) -> None:
+    async def is_protected(name: str) -> bool:
+        listed = await asyncio.to_thread(cluster.command, "ls", "run")
+        states = {row["name"]: row["state"] for row in listed["checkpoints"]}
+        return states.get(name) == "protected"
+
+    async def look() -> None:
+        (cluster.watch_root / "run").mkdir()
+        for step in range(3):
+            await know_each_other(cluster)
+            name = f"run/checkpoint-{step}"
+            os.rename(
+                make_checkpoint(tmp_path / "made", step, size=300_000), cluster.watch_root / name
+            )
+            await until(lambda name=name: is_protected(name), f"{name} is not stored")  # type: ignore[misc]
+            await asyncio.to_thread(cluster.stop, "node2")
+            await asyncio.to_thread(cluster.start_elsewhere, "node2")
 
     run(look())
 
@@ -229,9 +259,9 @@ def test_liars_flapping_and_double_announcements_change_nothing(
                 ):
                     for _ in range(5):
                         async with announced(cluster, "node2", trap):
-                            assert await found_by_a_client(cluster) == both(cluster)
+                            assert await found_by_a_client(cluster) == everyone(cluster)
                         async with announced(cluster, "node2", cluster.address("node1").port):
-                            assert await found_by_a_client(cluster) == both(cluster)
+                            assert await found_by_a_client(cluster) == everyone(cluster)
 
                 async def was_tried() -> bool:
                     return tried > 0
@@ -241,7 +271,7 @@ def test_liars_flapping_and_double_announcements_change_nothing(
             await until(
                 lambda: sees_up(client, "node1", "node2", cluster.address("node2")), "lost it"
             )
-            assert not {view.node for view in client.nodes["node1"].status.peers} - {"node2"}
+            assert {view.node for view in client.nodes["node1"].status.peers} <= {*NODES}
             events = [line["event"] for line in cluster.log("node1")[before:]]
             assert not {"peer_lost", "part_failed", "peer_failed"} & set(events)
 

@@ -27,11 +27,20 @@ class Link:
         if self._cluster is None:
             self._cluster = await self._stack.enter_async_context(self._connect())
             self._asked_at_s = now_s
-        elif now_s - self._asked_at_s >= limits.RECONNECT_NODES_S or not self._cluster.workers:
+        elif now_s - self._asked_at_s >= limits.RECONNECT_NODES_S or self._is_lacking():
             await self._cluster.rejoin()
             self._asked_at_s = now_s
         self._cluster.require_nodes()
         return self._cluster
+
+    def _is_lacking(self) -> bool:
+        """Whether no worker answers, or this node sees one up (perhaps where it was not before)
+        that there is no connection to: a store without it would make too few copies."""
+        cluster = self._cluster
+        assert cluster is not None
+        own = cluster.nodes.get(cluster.identity.node_id)
+        up = {view.node for view in own.status.peers if view.state == "up"} if own else set()
+        return not cluster.workers or not up <= cluster.nodes.keys()
 
     async def catalogue(self) -> Catalogue:
         """What the nodes know now; asked for again only when some node knows something new."""
