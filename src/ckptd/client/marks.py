@@ -20,7 +20,7 @@ from ckptd.client.survey import holdings_of, judge, machines_of, silent_workers,
 from ckptd.core import documents, limits
 from ckptd.core.catalogue import Catalogue, VersionHeader
 from ckptd.core.documents import Document, Manifest, Pin, Tombstone, Unpin
-from ckptd.core.headers import version_header
+from ckptd.core.headers import removed_contents, version_header
 from ckptd.core.names import Selector, parse_selector
 from ckptd.errors import NoGoodCopy, NotEnoughNodes, NotFound, Refused
 
@@ -93,7 +93,7 @@ async def remove(cluster: Cluster, catalogue: Catalogue, versions: Sequence[Vers
             nonce=nonce,
             reason="rm",
             versions=tuple(version.id for version in batch),
-            content_ids=tuple(sorted({version.content_id for version in batch})),
+            contents=removed_contents(batch),
         )
         await _publish(cluster, catalogue, tombstone)
 

@@ -116,7 +116,7 @@ def _may_be_known(catalogue: Catalogue, name: str, source: Source) -> bool:
     newest = catalogue.newest(name)
     if newest is not None and (newest.size, newest.files) == (source.size, len(source.files)):
         return True
-    return catalogue.has_dead(name)
+    return catalogue.has_dead_content(name)
 
 
 def _newest_change_ns(source: Source) -> int:

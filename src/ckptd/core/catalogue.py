@@ -23,6 +23,7 @@ from ckptd.core.documents import (
     Manifest,
     Member,
     Pin,
+    RemovedContent,
     Tombstone,
     UnknownDocument,
     Unpin,
@@ -62,7 +63,8 @@ class Catalogue:
         self._unknown = 0
         self._versions: dict[str, list[VersionHeader]] = {}  # by name, oldest first
         self._tombstones: dict[str, tuple[TombstoneHeader, ...]] = {}  # by dead version
-        self._dead_contents: dict[str, set[tuple[str, ...]]] = {}  # versions that may have had it
+        self._removed_contents: set[bytes] = set()  # hash of name, and content id
+        self._removed_names: set[bytes] = set()
         self._pins: dict[str, list[DocumentHeader]] = {}  # by version
         self._unpinned: set[str] = set()
         self._members: dict[str, tuple[tuple[int, str], Member]] = {}
@@ -175,8 +177,9 @@ class Catalogue:
             document.reason,
             document.justified_by,
         )
-        for content_id in document.content_ids:
-            self._dead_contents.setdefault(content_id, set()).add(document.versions)
+        for removed in document.contents:
+            self._removed_contents.add(_packed(removed))
+            self._removed_names.add(_packed(removed)[:32])
         for version_id in set(document.versions):
             tombstones = (*self._tombstones.get(version_id, ()), header)
             self._tombstones[version_id] = tuple(sorted(tombstones, key=age_of))
@@ -280,24 +283,13 @@ class Catalogue:
         return version_id in self._tombstones
 
     def is_dead_content(self, name: str, content_id: str) -> bool:
-        """Whether a tombstone declares a version of `name` dead that had this content.
+        """Whether a tombstone says that a version of `name` with this content is dead, known or
+        not."""
+        return _packed(RemovedContent.of(name, content_id)) in self._removed_contents
 
-        Tombstones carry no names: while the manifest of a version is known, it tells the name; of
-        one that is no longer known, any name is assumed.
-        """
-        for versions in self._dead_contents.get(content_id, ()):
-            for version_id in versions:
-                header = self.version(version_id)
-                if header is None or (header.name, header.content_id) == (name, content_id):
-                    return True
-        return False
-
-    def has_dead(self, name: str) -> bool:
-        """Whether a version of `name` may be dead: one of a name that is no longer known may."""
-        return any(
-            (header := self.version(version_id)) is None or header.name == name
-            for version_id in self._tombstones
-        )
+    def has_dead_content(self, name: str) -> bool:
+        """Whether there is any content for which `is_dead_content` is true."""
+        return hashlib.sha256(name.encode()).digest() in self._removed_names
 
     @property
     def dead_ids(self) -> frozenset[str]:
@@ -424,3 +416,7 @@ class Catalogue:
     @staticmethod
     def _removed(version: VersionHeader) -> NotFound:
         return NotFound(f"{version.label} was removed", next=f"ckptd undelete {version.label}")
+
+
+def _packed(removed: RemovedContent) -> bytes:
+    return bytes.fromhex(removed.name_sha256 + removed.content_id)

@@ -119,10 +119,26 @@ class Manifest(_Record, frozen=True, tag_field="kind", tag="manifest"):
     metrics: Metrics = {}
 
 
+class RemovedContent(Struct, frozen=True, array_like=True):
+    """What a dead version held, and under which name: its content id, and the SHA-256 of the name.
+
+    A tombstone outlives the manifest that tells the name, and the same content under another name
+    is not removed.
+    """
+
+    name_sha256: Hex64
+    content_id: Hex64
+
+    @classmethod
+    def of(cls, name: str, content_id: str) -> RemovedContent:
+        """The record of a checkpoint's name and a version's content id."""
+        return cls(hashlib.sha256(name.encode()).hexdigest(), content_id)
+
+
 class Tombstone(_Record, frozen=True, tag_field="kind", tag="tombstone"):
     """Versions that are dead for ever. `reason` "rm": somebody removed them;
     "retention": a policy did, justified by the live, protected version `justified_by`.
-    `content_ids` lists what the versions held, so that nothing stores them again by itself.
+    `contents` lists what the versions held, so that nothing stores it again by itself.
     """
 
     format: Literal[1]
@@ -132,7 +148,9 @@ class Tombstone(_Record, frozen=True, tag_field="kind", tag="tombstone"):
     nonce: Nonce
     reason: Literal["rm", "retention"]
     versions: Annotated[tuple[Hex64, ...], Meta(max_length=limits.TOMBSTONE_VERSIONS_MAX)]
-    content_ids: Annotated[tuple[Hex64, ...], Meta(max_length=limits.TOMBSTONE_VERSIONS_MAX)] = ()
+    contents: Annotated[
+        tuple[RemovedContent, ...], Meta(max_length=limits.TOMBSTONE_VERSIONS_MAX)
+    ] = ()
     justified_by: Hex64 | None = None
 
 

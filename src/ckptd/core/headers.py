@@ -6,12 +6,13 @@ Their fields have the names that they have on the wire; ids are 64 lower-case he
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from sys import intern
 from typing import Literal
 
 from msgspec import Struct
 
-from ckptd.core.documents import FileEntry, Manifest
+from ckptd.core.documents import FileEntry, Manifest, RemovedContent
 from ckptd.core.names import VERSION_PREFIX_MIN_DIGITS
 
 
@@ -80,6 +81,12 @@ def version_header(version_id: str, manifest: Manifest) -> VersionHeader:
         step=manifest.step,
         metrics={intern(metric): value for metric, value in manifest.metrics.items()},
     )
+
+
+def removed_contents(versions: Iterable[VersionHeader]) -> tuple[RemovedContent, ...]:
+    """What a tombstone of `versions` says that they held."""
+    pairs = sorted({(version.name, version.content_id) for version in versions})
+    return tuple(RemovedContent.of(name, content_id) for name, content_id in pairs)
 
 
 def age_of(header: DocumentHeader) -> tuple[int, str]:

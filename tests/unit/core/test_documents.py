@@ -24,6 +24,7 @@ from ckptd.core.documents import (
     Member,
     Part,
     Pin,
+    RemovedContent,
     ShardReference,
     SymlinkEntry,
     Tombstone,
@@ -119,7 +120,7 @@ tombstones = st.builds(
     nonce=nonces,
     reason=st.just("rm"),
     versions=st.lists(hexes, max_size=3).map(tuple),
-    content_ids=st.lists(hexes, max_size=3).map(tuple),
+    contents=st.lists(st.builds(RemovedContent, hexes, hexes), max_size=3).map(tuple),
     justified_by=st.none(),
 )
 pins = st.builds(Pin, **FIXED, nonce=nonces, version=hexes)
