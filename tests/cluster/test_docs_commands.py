@@ -69,6 +69,10 @@ NOT_RUN = {
     "serves until it is stopped; `local up` runs the same": (
         "sudo -u ckptd /opt/ckptd/current/bin/ckptd serve --init --config /etc/ckptd/ckptd.yml",
     ),
+    "looks at the network with tools of the system": (
+        "avahi-browse -rt _ckptd._tcp",
+        "dns-sd -B _ckptd._tcp",
+    ),
     "a line of a crontab": (
         "*/15 * * * * ckptd status > /tmp/ckptd-status 2>&1 "
         '|| mail -s "ckptd: look" me@example.org < /tmp/ckptd-status',
