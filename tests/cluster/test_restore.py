@@ -429,18 +429,28 @@ def test_any_one_node_may_be_dead(
 
 
 class _Once(Progress):
-    """Does something once, when a number of bytes has arrived."""
+    """Does something to `node` when the first bytes come from it; what comes from others meanwhile
+    waits, so that `node` has not run out of work by then."""
 
-    def __init__(self, after: int, act: Callable[[str], None]) -> None:
-        self._left = after
+    def __init__(self, node: str, act: Callable[[str], None]) -> None:
+        self._node = node
         self._act = act
         self._lock = threading.Lock()
+        self.acted = threading.Event()
 
     def node(self, node: str, size: int) -> None:
+        if node != self._node:
+            assert self.acted.wait(60), f"nothing was fetched from {self._node}"
+            return
         with self._lock:
-            before, self._left = self._left, self._left - size
-        if before > 0 >= self._left:
-            self._act(node)
+            if not self.acted.is_set():
+                self._act(node)
+                self.acted.set()
+
+
+def busiest_node(cluster: BreakableCluster) -> str:
+    """The node with the most shards."""
+    return max(cluster.running(), key=lambda node: len(cluster.shards(node)))
 
 
 def test_a_node_dies_in_the_middle(fresh_cluster: BreakableCluster, tmp_path: Path) -> None:
@@ -453,7 +463,8 @@ def test_a_node_dies_in_the_middle(fresh_cluster: BreakableCluster, tmp_path: Pa
         os.kill(pids[node], signal.SIGKILL)
         killed.append(node)
 
-    result = restored(fresh_cluster, "run/step-1", tmp_path / "out", progress=_Once(1 << 20, kill))
+    progress = _Once(busiest_node(fresh_cluster), kill)
+    result = restored(fresh_cluster, "run/step-1", tmp_path / "out", progress=progress)
     assert tree(tmp_path / "out") == tree(source)
     assert len(killed) == 1 and result.fallbacks >= 1
 
@@ -470,11 +481,10 @@ def test_a_node_that_stops_in_the_middle_is_passed_by(
         os.kill(pids[node], signal.SIGSTOP)
         stopped.append(pids[node])
 
+    progress = _Once(busiest_node(fresh_cluster), stop)
     started_s = time.monotonic()
     try:
-        result = restored(
-            fresh_cluster, "run/step-1", tmp_path / "out", progress=_Once(1 << 20, stop)
-        )
+        result = restored(fresh_cluster, "run/step-1", tmp_path / "out", progress=progress)
     finally:
         for pid in stopped:
             os.kill(pid, signal.SIGCONT)
