@@ -85,6 +85,7 @@ BULK_CONNECTIONS_PER_HOP_MAX: Final = 16
 BULK_CONNECTIONS_PER_PEER_MAX: Final = 24
 BULK_BODY_MAX_BYTES: Final = 256 * KIB  # of frames on bulk connections
 BULK_BUFFER_BYTES: Final = 256 * KIB
+BULK_PIECES_FOR_FORWARDER: Final = 8  # of a buffer each, kept for one that passes a shard on
 BULK_IDLE_TIMEOUT_S: Final = 120.0
 CONNECT_TIMEOUT_S: Final = 5.0
 REQUEST_TIMEOUT_S: Final = 30.0  # a control request without any answer

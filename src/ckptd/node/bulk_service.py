@@ -34,6 +34,7 @@ from ckptd.node.bulk_connections import BulkConnection, BulkConnections, Slots
 from ckptd.node.push import Push
 from ckptd.node.reception import Reception
 from ckptd.node.traffic import Traffic
+from ckptd.store.filesystem import aligned_buffer
 from ckptd.store.shards import ShardStore
 from ckptd.wire import messages
 from ckptd.wire.messages import Message
@@ -263,7 +264,8 @@ class BulkService:
         with self.store.open_read(request.shard) as source:
             started_s = time.monotonic()
             channel.send(messages.ShardData(request.shard), payload_bytes=source.size)
-            buffer = memoryview(bytearray(limits.BULK_BUFFER_BYTES))
+            source.bypass_cache()
+            buffer = aligned_buffer(limits.BULK_BUFFER_BYTES)
             offset = 0
             try:
                 while offset < source.size:

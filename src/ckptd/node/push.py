@@ -15,6 +15,7 @@ from ckptd.errors import CkptdError, NotFound, PeerBusy, PeerRefused, ShardCorru
 from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender
 from ckptd.node.reception import check_chain, failed_report
 from ckptd.node.traffic import Traffic
+from ckptd.store.filesystem import aligned_buffer
 from ckptd.store.shard_io import ShardReader
 from ckptd.store.shards import ShardStore
 from ckptd.wire import messages
@@ -53,6 +54,7 @@ class Push:
         request = self._request
         check_chain(request.chain, 0, self._node_id)
         with self._store.open_read(request.shard) as source:
+            source.bypass_cache()
             if source.size != request.size:
                 raise NotFound(f"shard {request.shard.hex()} has {source.size} bytes here")
             for target in request.chain:
@@ -80,7 +82,7 @@ class Push:
             )
             started_s = time.monotonic()
             sender.negotiate()
-            sender.send(source, memoryview(bytearray(limits.BULK_BUFFER_BYTES)))
+            sender.send(source, aligned_buffer(limits.BULK_BUFFER_BYTES))
             complete = True
         except CkptdError as error:
             if self._channel.broken:

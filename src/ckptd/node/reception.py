@@ -26,6 +26,7 @@ from ckptd.errors import (
 )
 from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender
 from ckptd.net.bulk_channel import patience_s
+from ckptd.node.recent_pieces import RecentPieces
 from ckptd.node.traffic import Traffic
 from ckptd.store.shard_io import IncomingShard, ShardReader
 from ckptd.store.shards import ShardStore, VerifyResult
@@ -93,10 +94,11 @@ class _Incomplete(CkptdError):
 
 
 class _BehindWriter:
-    """A shard that is still coming in, read from the page cache as far as it is written."""
+    """A shard that is still coming in, as far as it is written: from memory, or from its file."""
 
-    def __init__(self, incoming: IncomingShard, timeout_s: float) -> None:
+    def __init__(self, incoming: IncomingShard, recent: RecentPieces, timeout_s: float) -> None:
         self._incoming = incoming
+        self._recent = recent
         self._reader = incoming.reader()
         self._timeout_s = timeout_s
 
@@ -105,6 +107,8 @@ class _BehindWriter:
         written = self._incoming.wait_written(offset, self._timeout_s)
         if written <= offset:
             raise _Incomplete("the shard did not come in completely")
+        if count := self._recent.copy(buffer, offset, written):
+            return count
         return self._reader.read_into(buffer[: written - offset], offset)
 
     def close(self) -> None:
@@ -317,14 +321,15 @@ class Reception:
     def _take_in(self, incoming: IncomingShard) -> None:
         started_s = time.monotonic()
         forwarder = self._forwarder()
+        recent = RecentPieces(1 if forwarder is None else limits.BULK_PIECES_FOR_FORWARDER)
         try:
             if forwarder is not None:
                 forwarder.negotiate()
             self._channel.send(messages.Ready(True, forwarder.reports() if forwarder else ()))
             self._expect_payload()
             if forwarder is not None:
-                forwarder.start(_BehindWriter(incoming, patience_s(self._hop)))
-            self._receive_payload(incoming, forwarder)
+                forwarder.start(_BehindWriter(incoming, recent, patience_s(self._hop)))
+            self._receive_payload(incoming, recent, forwarder)
             if self._error is None:
                 self._commit(incoming, forwarder)
             while forwarder is not None and not forwarder.join(limits.PROGRESS_INTERVAL_S):
@@ -349,12 +354,14 @@ class Reception:
                 f"announced {self._request.size} bytes and sends {header.payload_bytes}",
             )
 
-    def _receive_payload(self, incoming: IncomingShard, forwarder: _Forwarder | None) -> None:
+    def _receive_payload(
+        self, incoming: IncomingShard, recent: RecentPieces, forwarder: _Forwarder | None
+    ) -> None:
         """Receives, hashes and writes until all bytes are here or the disk refuses; then the
         connection is given up, because what is still under way has nowhere to go."""
         size = self._request.size
-        buffer = memoryview(bytearray(limits.BULK_BUFFER_BYTES))
         while self._received < size:
+            buffer = recent.next_piece()
             wanted = min(len(buffer), size - self._received)
             filled = 0
             while filled < wanted:

@@ -17,7 +17,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from typing import Final
 
-from ckptd.store.filesystem import FileSystem
+from ckptd.store.filesystem import BLOCK_BYTES, FileSystem
 
 _NEW_FILE_FLAGS: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL
 _temporary_numbers = itertools.count()
@@ -30,8 +30,8 @@ class FileTooLong(OSError):
 class NewFile:
     """A file on its way into the store: temporary until `publish` has returned.
 
-    One thread writes. `written` may be read by any thread: bytes below it can be read back from
-    `duplicate()`. After an error from any method the temporary file is gone (or, where even that
+    One thread writes. `written` may be read by any thread: bytes below it can be read back through
+    `open_again()`. After an error from any method the temporary file is gone (or, where even that
     fails, left to the next start, which empties incoming/).
     """
 
@@ -39,6 +39,7 @@ class NewFile:
         self._filesystem = filesystem
         self.path = path
         self.written = 0
+        self._past_cache = False
         self._descriptor: int | None = filesystem.open(self.path, _NEW_FILE_FLAGS)
 
     def reserve(self, size_bytes: int) -> bool:
@@ -49,22 +50,53 @@ class NewFile:
             self.discard()
             raise
 
-    def append(self, data: memoryview) -> None:
-        """Write all of `data` (a view of bytes) behind what was written so far."""
-        descriptor = self._opened()
-        position = 0
+    def bypass_cache(self) -> None:
+        """Write past the page cache from now on, where that is possible: what is stored is not
+        read again soon, and taking pages for it costs more than hashing it."""
         try:
-            while position < len(data):
-                count = self._filesystem.pwrite(descriptor, data[position:], self.written)
-                position += count
-                self.written += count
+            self._past_cache = self._filesystem.bypass_cache(self._opened(), True)
         except OSError:
             self.discard()
             raise
 
-    def duplicate(self) -> int:
+    def append(self, data: memoryview) -> None:
+        """Write all of `data` (a view of bytes) behind what was written so far."""
+        try:
+            if self._past_cache:
+                data = data[self._append_past_cache(data) :]
+            self._append(data)
+        except OSError:
+            self.discard()
+            raise
+
+    def _append_past_cache(self, data: memoryview) -> int:
+        """Write the whole blocks of `data`; returns their size. What is left, and all that comes
+        after it, has to go through the cache."""
+        whole = len(data) - len(data) % BLOCK_BYTES
+        before = self.written
+        try:
+            self._append(data[:whole])
+        except OSError as error:
+            # A medium with larger blocks, or a buffer at an odd address.
+            if error.errno != errno.EINVAL:
+                raise
+        done = self.written - before
+        if done < len(data):
+            self._filesystem.bypass_cache(self._opened(), False)
+            self._past_cache = False
+        return done
+
+    def _append(self, data: memoryview) -> None:
+        descriptor = self._opened()
+        position = 0
+        while position < len(data):
+            count = self._filesystem.pwrite(descriptor, data[position:], self.written)
+            position += count
+            self.written += count
+
+    def open_again(self) -> int:
         """A descriptor of its own for a reader behind the writer; the caller closes it."""
-        return self._filesystem.duplicate(self._opened())
+        return self._filesystem.open(self.path, os.O_RDONLY)
 
     def publish(
         self, target: str, *, renaming: AbstractContextManager[object] | None = None

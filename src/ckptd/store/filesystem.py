@@ -11,12 +11,23 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
 import sys
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
+
+
+BLOCK_BYTES: Final = max(4096, mmap.PAGESIZE)
+"""Offset, length and address in memory of whatever goes past the page cache are multiples of this.
+At least a page: one that is in the cache in parts is never also written around it."""
+
+
+def aligned_buffer(size_bytes: int) -> memoryview:
+    """A buffer of zeros whose address is a multiple of BLOCK_BYTES."""
+    return memoryview(mmap.mmap(-1, size_bytes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +65,6 @@ class FileSystem(Protocol):
 
     def close(self, descriptor: int) -> None:
         """Close a descriptor."""
-
-    def duplicate(self, descriptor: int) -> int:
-        """A second descriptor of the same open file; it outlives the first and the name."""
 
     def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
         """Write at `offset`; returns the count of bytes taken, which may be less than given."""
@@ -100,6 +108,13 @@ class FileSystem(Protocol):
     def drop_cache(self, descriptor: int) -> None:
         """Make the next reads of this file come from the medium, as far as the system allows."""
 
+    def bypass_cache(self, descriptor: int, on: bool) -> bool:
+        """From now on let what is read and written go past the page cache, or (`on` False) through
+        it again. Past it, whatever is not made of whole blocks (BLOCK_BYTES) may fail with EINVAL.
+
+        False where the file system cannot do that; then nothing has changed.
+        """
+
     def volume(self, path: str) -> Volume:
         """Room of the file system that holds `path`."""
 
@@ -115,9 +130,6 @@ class OperatingSystem:
 
     def close(self, descriptor: int) -> None:
         os.close(descriptor)
-
-    def duplicate(self, descriptor: int) -> int:
-        return os.dup(descriptor)
 
     def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
         return os.pwrite(descriptor, data, offset)
@@ -172,6 +184,9 @@ class OperatingSystem:
     def drop_cache(self, descriptor: int) -> None:
         _drop_cache(descriptor)
 
+    def bypass_cache(self, descriptor: int, on: bool) -> bool:
+        return _bypass_cache(descriptor, on)
+
     def volume(self, path: str) -> Volume:
         found = os.statvfs(path)
         return Volume(
@@ -208,6 +223,10 @@ if sys.platform == "darwin":
     def _drop_cache(descriptor: int) -> None:
         fcntl.fcntl(descriptor, fcntl.F_NOCACHE, 1)
 
+    def _bypass_cache(descriptor: int, on: bool) -> bool:
+        fcntl.fcntl(descriptor, fcntl.F_NOCACHE, int(on))
+        return True
+
 else:
     _FALLOC_FL_KEEP_SIZE = 1
     _UNSUPPORTED = (errno.EOPNOTSUPP, errno.ENOSYS)
@@ -233,6 +252,16 @@ else:
         # Only clean pages are dropped, hence the flush before.
         os.fdatasync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def _bypass_cache(descriptor: int, on: bool) -> bool:
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL) & ~os.O_DIRECT
+        try:
+            fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | (os.O_DIRECT if on else 0))
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # fcntl(2): the file system has no direct I/O
+                return False
+            raise
+        return True
 
 
 OPERATING_SYSTEM = OperatingSystem()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import threading
 from collections.abc import Callable
@@ -29,6 +30,7 @@ class ShardReader:
         self._medium = medium
         self._descriptor = descriptor
         self._closing = threading.Lock()
+        self._past_cache = False
         self.digest = digest
         self.size = size
 
@@ -36,10 +38,36 @@ class ShardReader:
         """The file's descriptor, -1 when closed."""
         return self._descriptor
 
+    def bypass_cache(self) -> None:
+        """Read past the page cache from now on, as far as buffers and offsets are whole blocks:
+        what is handed out once is not read again soon."""
+        with self._medium.operation(f"read shard {self.digest.hex()}"):
+            self._past_cache = self._filesystem.bypass_cache(self._descriptor, True)
+
     def read_into(self, buffer: memoryview, offset: int) -> int:
         """Fill `buffer` from `offset` on; returns the count of bytes, less only at the end."""
         with self._medium.operation(f"read shard {self.digest.hex()}"):
-            return durable.read_fully(self._filesystem, self._descriptor, buffer, offset)
+            count = self._read_past_cache(buffer, offset) if self._past_cache else 0
+            if count == len(buffer) or (count and offset + count >= self.size):
+                return count
+            return count + durable.read_fully(
+                self._filesystem, self._descriptor, buffer[count:], offset + count
+            )
+
+    def _read_past_cache(self, buffer: memoryview, offset: int) -> int:
+        """One read of whole blocks. When it brings less than was asked for and more is there, what
+        follows is read through the cache."""
+        count = 0
+        try:
+            count = self._filesystem.pread_into(self._descriptor, buffer, offset)
+        except OSError as error:
+            # No whole blocks, a buffer at an odd address, or a medium with larger blocks.
+            if error.errno != errno.EINVAL:
+                raise
+        if count < len(buffer) and offset + count < self.size:
+            self._filesystem.bypass_cache(self._descriptor, False)
+            self._past_cache = False
+        return count
 
     def read(self, size_bytes: int, offset: int) -> bytes:
         """Up to `size_bytes` bytes at `offset`."""
@@ -155,11 +183,11 @@ class IncomingShard:
     def reader(self) -> ShardReader:
         """A reader behind the writer with a descriptor of its own; the caller closes it.
 
-        To be made before `commit`. It reads from the page cache what `written` counts, and goes on
-        to do so after `commit` and after `abort`.
+        To be made before `commit`. It reads what `written` counts, and goes on to do so after
+        `commit` and after `abort`.
         """
         with self._medium.operation(f"read shard {self.digest.hex()}"):
-            descriptor = self._file.duplicate()
+            descriptor = self._file.open_again()
         return ShardReader(self._filesystem, self._medium, descriptor, self.digest, self.size)
 
     def wait_written(self, beyond: int, timeout_s: float) -> int:

@@ -201,6 +201,7 @@ class ShardStore:
                 path = durable.temporary_path(self._directory.incoming, digest.hex())
                 file = NewFile(self._filesystem, path)
                 on_disk = file.reserve(size)
+                file.bypass_cache()
             except OSError:
                 reservation.release()
                 raise

@@ -91,7 +91,7 @@ def fails_at(inner: FileSystem, number: int, code: int, *, done: bool) -> Hooked
 
     def after(call: Call, result: Any) -> None:
         if call.number == number and done:
-            if call.name in ("open", "duplicate"):  # nobody gets to know the descriptor
+            if call.name == "open":  # nobody gets to know the descriptor
                 inner.close(result)
             fail()
 

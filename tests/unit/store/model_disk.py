@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptd.store.filesystem import DirectoryEntry, FileIdentity, Volume
+from ckptd.store.filesystem import BLOCK_BYTES, DirectoryEntry, FileIdentity, Volume
 
 STATES_PER_CUT_MAX = 192
 _inodes = itertools.count(1)
@@ -68,14 +68,28 @@ class Directory:
 @dataclass(eq=False)
 class _Opened:
     file: File
+    past_cache: bool = False
+
+    def check(self, *block_multiples: int) -> None:
+        """As direct I/O does: whole blocks only."""
+        if self.past_cache and any(each % BLOCK_BYTES for each in block_multiples):
+            raise OSError(errno.EINVAL, "not whole blocks")
 
 
 class ModelDisk:
-    """The model as the store uses it. `can_allocate` False: fallocate is not supported."""
+    """The model as the store uses it. `can_allocate` False: fallocate is not supported;
+    `can_bypass` False: nothing goes past the page cache."""
 
-    def __init__(self, root: Directory | None = None, *, can_allocate: bool = True) -> None:
+    def __init__(
+        self,
+        root: Directory | None = None,
+        *,
+        can_allocate: bool = True,
+        can_bypass: bool = True,
+    ) -> None:
         self.root = root or Directory()
         self.can_allocate = can_allocate
+        self.can_bypass = can_bypass
         self._descriptors: dict[int, _Opened] = {}
         self._next_descriptor = itertools.count(3)
         self._locked: set[_Opened] = set()
@@ -111,7 +125,9 @@ class ModelDisk:
                     for file, content in zip(files, picked[len(names) :], strict=True)
                 }
                 rebuilt = _rebuilt(self.root, kept, contents_of)
-                yield ModelDisk(rebuilt, can_allocate=self.can_allocate)
+                yield ModelDisk(
+                    rebuilt, can_allocate=self.can_allocate, can_bypass=self.can_bypass
+                )
 
     @staticmethod
     def _removals(nodes: list[File | Directory]) -> list[NameChange]:
@@ -147,17 +163,18 @@ class ModelDisk:
         opened = self._descriptors.pop(descriptor)
         self._locked.discard(opened)
 
-    def duplicate(self, descriptor: int) -> int:
-        return self._descriptor(self._descriptors[descriptor])
-
     def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
-        file = self._descriptors[descriptor].file
+        opened = self._descriptors[descriptor]
+        opened.check(offset, len(data))
+        file = opened.file
         file.seen[:] = _written(bytes(file.seen), ((offset, bytes(data)),))
         file.pending.append((offset, bytes(data)))
         return len(data)
 
     def pread_into(self, descriptor: int, buffer: memoryview, offset: int) -> int:
-        data = self._descriptors[descriptor].file.seen[offset : offset + len(buffer)]
+        opened = self._descriptors[descriptor]
+        opened.check(offset, len(buffer))
+        data = opened.file.seen[offset : offset + len(buffer)]
         buffer[: len(data)] = data
         return len(data)
 
@@ -223,6 +240,13 @@ class ModelDisk:
 
     def drop_cache(self, descriptor: int) -> None:
         self._descriptors[descriptor]
+
+    def bypass_cache(self, descriptor: int, on: bool) -> bool:
+        """What went past the cache is not on the medium either before it is flushed: a drive has a
+        cache of its own, and the file's size is not written at once."""
+        opened = self._descriptors[descriptor]
+        opened.past_cache = on and self.can_bypass
+        return opened.past_cache or not on
 
     def volume(self, path: str) -> Volume:
         return Volume(total_bytes=1 << 30, free_bytes=1 << 29, block_bytes=4096)

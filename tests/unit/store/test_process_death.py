@@ -52,7 +52,7 @@ def test_death_at_every_call(tmp_path: Path) -> None:
 def close_what_a_dead_process_would_not_hold(hooked: Hooked) -> None:
     opened: set[int] = set()
     for call in hooked.calls:
-        if call.name in ("open", "duplicate") and call.number in hooked.results:
+        if call.name == "open" and call.number in hooked.results:
             opened.add(hooked.results[call.number])
         elif call.name == "close" and call.number in hooked.results:
             opened.discard(call.arguments[0])
