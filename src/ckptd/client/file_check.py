@@ -14,12 +14,13 @@ from typing import Final, NamedTuple
 
 from ckptd.core.layout import PartLike
 from ckptd.errors import IntegrityError
+from ckptd.store.filesystem import BLOCK_BYTES, aligned_buffer
 
-_BLOCK_BYTES: Final = 1024 * 1024
+_PIECE_BYTES: Final = 1024 * 1024
 _WAIT_S: Final = 1.0
 
-ReadInto = Callable[[int, memoryview, int], int]
-"""(output, view, offset) -> count of bytes; as `OutputFiles.read_into`."""
+ReadBlocks = Callable[[int, memoryview, int], int]
+"""(output, view, offset) -> count of bytes; as `OutputFiles.read_blocks`."""
 
 
 class CheckedFile(NamedTuple):
@@ -36,9 +37,9 @@ class CheckedFile(NamedTuple):
 class FileCheck:
     """Hashes `files` as far as their shards are there. `shard_done` may be called by any thread."""
 
-    def __init__(self, files: Sequence[CheckedFile], shards: int, read_into: ReadInto) -> None:
+    def __init__(self, files: Sequence[CheckedFile], shards: int, read_blocks: ReadBlocks) -> None:
         self._files = files
-        self._read_into = read_into
+        self._read_blocks = read_blocks
         self._done = bytearray(shards)
         self._changed = threading.Condition()
         self._waiting: dict[int, list[int]] = {}  # by shard, the files that cannot go on without
@@ -93,7 +94,7 @@ class FileCheck:
             self._waiting.setdefault(shard, []).append(number)
 
     def _run(self) -> None:
-        buffer = memoryview(bytearray(_BLOCK_BYTES))
+        buffer = aligned_buffer(_PIECE_BYTES)
         try:
             while (number := self._next()) is not None:
                 self._advance(number, buffer)
@@ -115,11 +116,13 @@ class FileCheck:
         while part_index < len(file.parts) and self._done[file.parts[part_index].shard_index]:
             end = offset + file.parts[part_index].length
             while offset < end and not self._ended:
-                count = self._read_into(number, buffer[: min(_BLOCK_BYTES, end - offset)], offset)
-                if not count:
+                skipped = offset % BLOCK_BYTES
+                count = self._read_blocks(number, buffer, offset - skipped)
+                piece = buffer[skipped : min(count, skipped + end - offset)]
+                if not piece:
                     raise IntegrityError(f"{file.path} became shorter while it was restored")
-                digest.update(buffer[:count])
-                offset += count
+                digest.update(piece)
+                offset += len(piece)
             part_index += 1
         with self._changed:
             if part_index < len(file.parts):

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from ckptd.client.range_writer import BlockRange, PlainRange, range_of_file
 from ckptd.errors import NoRoom, Refused
 from ckptd.store.filesystem import OPERATING_SYSTEM
 
@@ -33,6 +34,10 @@ class OutputFile:
     sha256: str | None
 
 
+class _CannotBypass(Exception):
+    """This file system, or its medium, has no direct I/O in blocks of ours."""
+
+
 @dataclass
 class _Open:
     descriptor: int
@@ -49,7 +54,9 @@ class OutputFiles:
         self._root = root
         self._files = files
         self._lock = threading.Lock()
-        self._open: OrderedDict[int, _Open] = OrderedDict()
+        # By output, and whether what is written there goes past the page cache.
+        self._open: OrderedDict[tuple[int, bool], _Open] = OrderedDict()
+        self._can_bypass = True
 
     def path(self, output: int) -> str:
         """Where an output lies."""
@@ -82,10 +89,39 @@ class OutputFiles:
             if (offset + len(view)) // WRITEBACK_BYTES != block:
                 _begin_writeback(descriptor, block * WRITEBACK_BYTES, WRITEBACK_BYTES)
 
+    def write_blocks(self, output: int, view: memoryview, offset: int) -> None:
+        """As `write`, past the page cache where that is possible: whole blocks, from an aligned
+        buffer."""
+        if self._can_bypass:
+            try:
+                with self._errors(output), self._opened(output, past_cache=True) as descriptor:
+                    done = 0
+                    while done < len(view):
+                        done += os.pwrite(descriptor, view[done:], offset + done)
+                return
+            except _CannotBypass:
+                self._can_bypass = False
+        self.write(output, view, offset)
+
+    def range_writer(self, output: int, offset: int, length: int) -> PlainRange | BlockRange:
+        """As in Outputs of `pull_threads`."""
+        return range_of_file(self, output, offset, length)
+
     def read_into(self, output: int, view: memoryview, offset: int) -> int:
         """Reads at `offset`; the count of bytes, 0 at the end."""
         with self._errors(output), self._opened(output) as descriptor:
             return os.preadv(descriptor, [view], offset)
+
+    def read_blocks(self, output: int, view: memoryview, offset: int) -> int:
+        """As `read_into`, past the page cache where that is possible: whole blocks, into an aligned
+        buffer."""
+        if self._can_bypass:
+            try:
+                with self._errors(output), self._opened(output, past_cache=True) as descriptor:
+                    return os.preadv(descriptor, [view], offset)
+            except _CannotBypass:
+                self._can_bypass = False
+        return self.read_into(output, view, offset)
 
     def finish(self, output: int) -> None:
         """Gives a file its mode, and returns when it is on the medium."""
@@ -100,26 +136,34 @@ class OutputFiles:
                 os.close(self._open.popitem()[1].descriptor)
 
     @contextlib.contextmanager
-    def _opened(self, output: int) -> Iterator[int]:
+    def _opened(self, output: int, *, past_cache: bool = False) -> Iterator[int]:
+        key = output, past_cache
         with self._lock:
-            entry = self._open.pop(output, None)
+            entry = self._open.pop(key, None)
             if entry is None:
                 self._make_room()
                 flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
                 entry = _Open(os.open(self.path(output), flags))
-            self._open[output] = entry
+                if past_cache and not OPERATING_SYSTEM.bypass_cache(entry.descriptor, True):
+                    os.close(entry.descriptor)
+                    raise _CannotBypass
+            self._open[key] = entry
             entry.users += 1
         try:
             yield entry.descriptor
+        except OSError as error:
+            if past_cache and error.errno == errno.EINVAL:  # a medium with larger blocks
+                raise _CannotBypass from error
+            raise
         finally:
             with self._lock:
                 entry.users -= 1
 
     def _make_room(self) -> None:
         if len(self._open) >= _OPEN_MAX:
-            for output, entry in self._open.items():
+            for key, entry in self._open.items():
                 if not entry.users:
-                    del self._open[output]
+                    del self._open[key]
                     os.close(entry.descriptor)
                     return
 

@@ -35,11 +35,18 @@ _LOOK_AGAIN_S: Final = 0.1  # how often idle threads look for something to take 
 _JOIN_S: Final = 2.0
 
 
+class Range(Protocol):
+    """A range of an output that is written from its start to its end."""
+
+    def write(self, view: memoryview) -> None:
+        """Takes the next bytes. When all have been given, all are written."""
+
+
 class Outputs(Protocol):
     """What is written to, from several threads, never at the same place at once."""
 
-    def write(self, output: int, view: memoryview, offset: int) -> None:
-        """Writes all of `view` at `offset` of an output."""
+    def range_writer(self, output: int, offset: int, length: int) -> Range:
+        """Begins to write `length` bytes at `offset` of an output, for one thread."""
 
 
 class WantedShard(NamedTuple):
@@ -339,22 +346,22 @@ class _ShardWriter:
         self._writes = writes
         self._outputs = outputs
         self._next = 0
-        self._open: list[Write] = []
+        self._open: list[tuple[Write, Range]] = []
         self._position = 0
 
     def write(self, view: memoryview) -> None:
         """Takes the next bytes of the shard."""
         begin, end = self._position, self._position + len(view)
         while self._next < len(self._writes) and self._writes[self._next].shard_offset < end:
-            self._open.append(self._writes[self._next])
+            write = self._writes[self._next]
+            target = self._outputs.range_writer(
+                write.output_index, write.output_offset, write.length
+            )
+            self._open.append((write, target))
             self._next += 1
-        for write in self._open:
+        for write, target in self._open:
             first = max(begin, write.shard_offset)
             last = min(end, write.shard_offset + write.length)
-            self._outputs.write(
-                write.output_index,
-                view[first - begin : last - begin],
-                write.output_offset + first - write.shard_offset,
-            )
-        self._open = [write for write in self._open if write.shard_offset + write.length > end]
+            target.write(view[first - begin : last - begin])
+        self._open = [each for each in self._open if each[0].shard_offset + each[0].length > end]
         self._position = end

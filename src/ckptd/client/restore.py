@@ -232,7 +232,7 @@ class _Restore:
         """Fetches what is not in the staging directory yet, and checks all files."""
         self._progress.total(plan.fetched_size)
         present = staging.present(self._stop)
-        check = FileCheck(plan.checked, len(self._manifest.shards), staging.files.read_into)
+        check = FileCheck(plan.checked, len(self._manifest.shards), staging.files.read_blocks)
         try:
             for index in present:
                 check.shard_done(plan.shard_numbers[index])

@@ -18,6 +18,7 @@ from ckptd.client.choose_version import choose_in_cluster
 from ckptd.client.cluster import Cluster
 from ckptd.client.progress import Progress
 from ckptd.client.pull import Pull
+from ckptd.client.range_writer import PlainRange
 from ckptd.client.restore import in_thread
 from ckptd.client.restore_plan import file_parts, wanted_shards
 from ckptd.client.shard_sources import NodeSources
@@ -110,8 +111,12 @@ class TensorBuffers:
         self.buffers = [bytearray(size) for size in sizes]
         self.starts = list(accumulate(sizes, initial=0))[: len(sizes)]
 
+    def range_writer(self, output: int, offset: int, length: int) -> PlainRange:
+        """As in Outputs of `pull_threads`."""
+        return PlainRange(self, output, offset)
+
     def write(self, output: int, view: memoryview, offset: int) -> None:
-        """As Outputs of `pull_threads`."""
+        """Copies `view` to `offset` of the one output."""
         index = bisect_right(self.starts, offset) - 1
         while view:
             buffer = self.buffers[index]

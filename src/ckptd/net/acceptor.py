@@ -22,6 +22,7 @@ import structlog
 
 from ckptd.core import limits
 from ckptd.net.bulk_channel import tune
+from ckptd.net.tls_stream import TlsStream
 
 _log = structlog.get_logger(__name__)
 
@@ -179,37 +180,18 @@ async def _first_byte(pending: _Pending) -> bool:
             wait.cancel()
 
 
-async def server_handshake(sock: socket.socket, context: ssl.SSLContext) -> ssl.SSLSocket:
+async def server_handshake(sock: socket.socket, context: ssl.SSLContext) -> TlsStream:
     """The server's side of a TLS handshake without blocking the loop, for the bulk path.
 
     The socket stays non-blocking. Closes it and raises OSError when the handshake fails.
     """
-    loop = asyncio.get_running_loop()
     try:
-        secured = context.wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        stream = TlsStream(sock, context, server_side=True)
+        await stream.shake_hands_on_loop()
     except BaseException:
         sock.close()
         raise
-    descriptor = secured.fileno()
-    ready = asyncio.Event()
-    try:
-        while True:
-            try:
-                secured.do_handshake()
-                return secured
-            except ssl.SSLWantReadError:
-                watch, unwatch = loop.add_reader, loop.remove_reader
-            except ssl.SSLWantWriteError:
-                watch, unwatch = loop.add_writer, loop.remove_writer
-            ready.clear()
-            watch(descriptor, ready.set)
-            try:
-                await ready.wait()
-            finally:
-                unwatch(descriptor)
-    except BaseException:
-        secured.close()
-        raise
+    return stream
 
 
 def listen(host: str, port: int) -> socket.socket:

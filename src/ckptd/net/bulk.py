@@ -26,6 +26,7 @@ from ckptd.net.bulk_channel import (
 )
 from ckptd.net.shard_sender import ShardSender, ShardSource, push_shard
 from ckptd.net.tls import check_peer
+from ckptd.net.tls_stream import TlsStream
 from ckptd.wire import messages
 
 __all__ = [
@@ -90,6 +91,7 @@ class BulkConnector:
         self, node: str, host: str, port: int, channel: BulkChannel, *, hop: int = 0
     ) -> None:
         """Gives a channel back after a complete exchange; a broken one is closed."""
+        channel.rest()
         with self._lock:
             self._in_use.discard(channel)
             if not (channel.broken or self._closed):
@@ -137,12 +139,13 @@ class BulkConnector:
         try:
             tune(raw)
             raw.settimeout(min(limits.HANDSHAKE_TIMEOUT_S, _left_s(node, deadline_s)))
-            sock = self._context.wrap_socket(raw)
+            sock = TlsStream(raw, self._context, server_side=False)
+            sock.shake_hands()
         except (OSError, PeerStalled) as error:  # ssl.SSLError is an OSError
             raw.close()
             raise PeerUnreachable(node, f"no TLS with {host}:{port}: {error}") from error
         try:
-            check_peer(sock, cluster=self._cluster, expected_node_id=node)
+            check_peer(sock.tls, cluster=self._cluster, expected_node_id=node)
         except NotAuthorized:
             sock.close()
             raise

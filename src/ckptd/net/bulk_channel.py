@@ -1,4 +1,4 @@
-"""Frames and payloads over one blocking TLS socket.
+"""Frames and payloads over one blocking TLS connection.
 
 No peer can hold a thread for ever: a frame must be complete, and each piece of a payload must move,
 within the deadline, and over a whole payload bytes must move at a least speed.
@@ -22,6 +22,7 @@ from ckptd.errors import (
     PeerUnreachable,
     ProtocolError,
 )
+from ckptd.net.tls_stream import TlsStream
 from ckptd.wire import exchanges, frames, messages
 from ckptd.wire.exchanges import Channel
 from ckptd.wire.frames import FrameHeader
@@ -38,14 +39,14 @@ def tune(sock: socket.socket) -> None:
 
 
 class BulkChannel:
-    """Frames and payloads over one established TLS socket. Used by one thread at a time.
+    """Frames and payloads over one established TLS connection. Used by one thread at a time.
 
     `peer` is the node id for messages. Errors: PeerStalled when too little moved within the
     deadline, PeerUnreachable when the connection broke, ProtocolError for nonsense. `broken` says
     that the channel is of no further use.
     """
 
-    def __init__(self, sock: ssl.SSLSocket, peer: str, *, timeout_s: float) -> None:
+    def __init__(self, sock: TlsStream, peer: str, *, timeout_s: float) -> None:
         self._sock = sock
         self.peer = peer
         self.idle_since_s = time.monotonic()
@@ -144,11 +145,15 @@ class BulkChannel:
 
     def frame_waiting(self) -> bool:
         """Whether something has arrived (a frame, or the end of the connection)."""
-        return bool(self._sock.pending()) or bool(self._poll.poll(0))
+        return self._sock.pending() or bool(self._poll.poll(0))
 
     def wait_for_frame(self, timeout_s: float) -> bool:
         """Whether something arrives within `timeout_s` seconds."""
-        return bool(self._sock.pending()) or bool(self._poll.poll(max(0.0, timeout_s) * 1000))
+        return self._sock.pending() or bool(self._poll.poll(max(0.0, timeout_s) * 1000))
+
+    def rest(self) -> None:
+        """Gives back memory while nothing is expected."""
+        self._sock.rest()
 
     def drain(self, timeout_s: float) -> None:
         """Takes and forgets what the peer still sends, until it closes or `timeout_s` seconds have
@@ -171,8 +176,7 @@ class BulkChannel:
         """
         self.broken = True
         try:
-            # Past ssl's own shutdown, after which reads would return what is still encrypted.
-            socket.socket.shutdown(self._sock, socket.SHUT_RDWR)
+            self._sock.shutdown()
         except OSError:
             pass  # already gone
 

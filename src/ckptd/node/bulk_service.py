@@ -8,7 +8,6 @@ pushes by itself use the last pool, so that they never take the place of somebod
 
 from __future__ import annotations
 
-import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from ckptd.errors import (
 from ckptd.net.bulk import BulkChannel, BulkConnector
 from ckptd.net.bulk_channel import patience_s
 from ckptd.net.control_connection import as_error_message
+from ckptd.net.tls_stream import TlsStream
 from ckptd.node.bulk_connections import BulkConnection, BulkConnections, Slots
 from ckptd.node.push import Push
 from ckptd.node.reception import Reception
@@ -93,9 +93,8 @@ class BulkService:
         self._idle = threading.Condition(self._lock)
         self._stopping = False
 
-    def start(self, sock: ssl.SSLSocket, identity: Identity) -> None:
-        """Takes over an authenticated socket."""
-        sock.setblocking(True)
+    def start(self, sock: TlsStream, identity: Identity) -> None:
+        """Takes over an authenticated connection."""
         channel = BulkChannel(sock, identity.node_id, timeout_s=limits.HANDSHAKE_TIMEOUT_S)
         connection = self.connections.admit(channel)
         if connection is None:
@@ -181,6 +180,7 @@ class BulkService:
     def _serve_requests(self, connection: BulkConnection, identity: Identity) -> None:
         channel = connection.channel
         while not channel.broken and self.connections.begin_idle(connection):
+            channel.rest()
             if not channel.wait_for_frame(limits.BULK_IDLE_TIMEOUT_S):
                 return
             if not self.connections.begin_work(connection):

@@ -81,7 +81,7 @@ class Worker:
         async def secure(sock: socket.socket) -> Callable[[], None]:
             secured = await server_handshake(sock, context)
             try:
-                identity: Identity = check_peer(secured, cluster=cluster)
+                identity: Identity = check_peer(secured.tls, cluster=cluster)
             except CkptdError as error:
                 secured.close()
                 raise ConnectionRefusedError(error.message) from error

@@ -19,7 +19,6 @@ import sys
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-
 BLOCK_BYTES: Final = max(4096, mmap.PAGESIZE)
 """Offset, length and address in memory of whatever goes past the page cache are multiples of this.
 At least a page: one that is in the cache in parts is never also written around it."""

@@ -13,6 +13,7 @@ import pytest
 from ckptd.client.file_check import CheckedFile, FileCheck
 from ckptd.client.output_files import WRITEBACK_BYTES, OutputFile, OutputFiles
 from ckptd.client.pull_threads import WantedShard, _ShardWriter
+from ckptd.client.range_writer import PlainRange
 from ckptd.client.restore_plan import RestorePlan
 from ckptd.client.staging import Staging
 from ckptd.core.documents import Part
@@ -203,6 +204,9 @@ def test_a_shard_is_written_to_every_place_that_wants_it() -> None:
         def write(self, output: int, view: memoryview, offset: int) -> None:
             written[output][offset : offset + len(view)] = view
 
+        def range_writer(self, output: int, offset: int, length: int) -> PlainRange:
+            return PlainRange(self, output, offset)
+
     writes = [Write(0, 0, 0, 10), Write(1, 0, 3, 4), Write(2, 0, 8, 2)]
     for piece in (1, 3, 4, 10):
         writer = _ShardWriter(writes, Outputs())
@@ -226,20 +230,20 @@ def test_files_are_hashed_in_the_order_in_which_their_shards_come() -> None:
     ]
     files[0] = files[0]._replace(sha256=sha256(contents[0]).hexdigest())
 
-    def read_into(output: int, view: memoryview, offset: int) -> int:
+    def read_blocks(output: int, view: memoryview, offset: int) -> int:
         piece = contents[output][offset : offset + len(view)]
         view[: len(piece)] = piece
         return len(piece)
 
     for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
-        check = FileCheck(files, 3, read_into)
+        check = FileCheck(files, 3, read_blocks)
         for shard in order:
             check.shard_done(shard)
         check.finish()
     for broken in range(3):
         wrong = list(files)
         wrong[broken] = wrong[broken]._replace(sha256="0" * 64)
-        check = FileCheck(wrong, 3, read_into)
+        check = FileCheck(wrong, 3, read_blocks)
         for shard in range(3):
             check.shard_done(shard)
         with pytest.raises(IntegrityError, match=wrong[broken].path):

@@ -26,6 +26,7 @@ from ckptd.errors import (
 from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender, push_shard
 from ckptd.net.bulk_channel import connect_timeout_s, patience_s, stall_timeout_s
 from ckptd.net.tls import client_context, server_context
+from ckptd.net.tls_stream import TlsStream
 from ckptd.wire import frames, messages
 from ckptd.wire.messages import CopyReport
 
@@ -59,7 +60,8 @@ def scripted(pki: Path, script: Script, node: str = "pi1") -> Iterator[int]:
     def serve() -> None:
         raw, _ = listener.accept()
         try:
-            sock = context.wrap_socket(raw, server_side=True)
+            sock = TlsStream(raw, context, server_side=True)
+            sock.shake_hands()
         except OSError:
             raw.close()
             return

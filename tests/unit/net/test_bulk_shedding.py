@@ -18,6 +18,7 @@ from ckptd.errors import PeerUnreachable
 from ckptd.net.bulk import BulkConnector
 from ckptd.net.bulk_channel import BulkChannel
 from ckptd.net.tls import client_context, server_context
+from ckptd.net.tls_stream import TlsStream
 from ckptd.wire import messages
 
 
@@ -53,7 +54,9 @@ def node_that_sheds(pki: Path, count: int) -> Iterator[tuple[int, list[int]]]:
             sock, _ = listener.accept()
         except OSError:
             return
-        channel = BulkChannel(context.wrap_socket(sock, server_side=True), "client", timeout_s=5)
+        stream = TlsStream(sock, context, server_side=True)
+        stream.shake_hands()
+        channel = BulkChannel(stream, "client", timeout_s=5)
         channel.receive()
         channel.send(hello())
         channel.wait_for_frame(5)

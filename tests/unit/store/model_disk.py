@@ -125,9 +125,7 @@ class ModelDisk:
                     for file, content in zip(files, picked[len(names) :], strict=True)
                 }
                 rebuilt = _rebuilt(self.root, kept, contents_of)
-                yield ModelDisk(
-                    rebuilt, can_allocate=self.can_allocate, can_bypass=self.can_bypass
-                )
+                yield ModelDisk(rebuilt, can_allocate=self.can_allocate, can_bypass=self.can_bypass)
 
     @staticmethod
     def _removals(nodes: list[File | Directory]) -> list[NameChange]:
