@@ -19,6 +19,7 @@ DOCUMENTS = (FORMATS / "documents.md").read_text()
 PATTERNS = {
     "64 hex digits": documents.Hex64,
     "32 hex digits": documents.Nonce,
+    "40 hex digits": documents.Serial,
     "time": documents.Time,
     "node id": documents.NodeId,
 }
@@ -119,6 +120,10 @@ DOCUMENT_RECORDS = sorted(
             documents.Pin,
             documents.Unpin,
             documents.Member,
+            documents.Drain,
+            documents.Undrain,
+            documents.Maintenance,
+            documents.Forget,
         ]
     ),
     key=lambda kind: kind.__name__,

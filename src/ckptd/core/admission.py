@@ -13,10 +13,14 @@ from cryptography import x509
 from ckptd.core import limits
 from ckptd.core.documents import (
     Document,
+    Drain,
+    Forget,
+    Maintenance,
     Manifest,
     Member,
     Pin,
     Tombstone,
+    Undrain,
     UnknownDocument,
     Unpin,
     decode,
@@ -79,6 +83,14 @@ def _may_say(author: Identity, document: Document | UnknownDocument) -> bool:
             return may_author(author, DocumentKind.PIN)
         case Unpin():
             return may_author(author, DocumentKind.UNPIN)
+        case Drain():
+            return may_author(author, DocumentKind.DRAIN)
+        case Undrain():
+            return may_author(author, DocumentKind.UNDRAIN)
+        case Maintenance():
+            return may_author(author, DocumentKind.MAINTENANCE)
+        case Forget():
+            return may_author(author, DocumentKind.FORGET)
     about_itself = may_author(author, DocumentKind.MEMBER, about=document.node)
     return about_itself and author.roles.issuperset(document.roles)
 

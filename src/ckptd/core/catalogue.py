@@ -38,6 +38,7 @@ from ckptd.core.headers import (
 )
 from ckptd.core.identity import Identity, Role
 from ckptd.core.names import Selector, check_name, parse_selector
+from ckptd.core.roster import Roster
 from ckptd.core.training_state import best_of, is_finite, shown_metrics
 from ckptd.errors import DocumentRefused, NameRefused, NotFound
 
@@ -67,7 +68,8 @@ class Catalogue:
         self._removed_names: set[bytes] = set()
         self._pins: dict[str, list[DocumentHeader]] = {}  # by version
         self._unpinned: set[str] = set()
-        self._members: dict[str, tuple[tuple[int, str], Member]] = {}
+        self.roster = Roster()
+        """Who belongs to the cluster, and what its admins said about nodes."""
 
     # -- growing
 
@@ -88,7 +90,7 @@ class Catalogue:
             self.withdraw(document_id)
         if document_id in self._headers:
             return False
-        self._insert(self._index(document_id, document))
+        self._insert(self._index(document_id, document, author))
         if author.roles - {Role.WORKER}:
             self._highest_order = max(self._highest_order, document.order)
         return True
@@ -143,7 +145,9 @@ class Catalogue:
     def _insert_version(self, header: VersionHeader) -> None:
         insort(self._versions.setdefault(header.name, []), header, key=age_of)
 
-    def _index(self, document_id: str, document: Document | UnknownDocument) -> DocumentHeader:
+    def _index(
+        self, document_id: str, document: Document | UnknownDocument, author: Identity
+    ) -> DocumentHeader:
         """Files the document under everything that it is asked for by; returns its header."""
         match document:
             case Manifest():
@@ -162,11 +166,12 @@ class Catalogue:
             case Unpin():
                 self._unpinned.update(document.pins)
                 return DocumentHeader(document_id, "unpin", document.order, document.created)
-        age = (document.order, document_id)
-        known = self._members.get(document.node)
-        if known is None or age > known[0]:
-            self._members[document.node] = (age, document)
-        return DocumentHeader(document_id, "member", document.order, document.created)
+            case Member():
+                self.roster.add_member(document_id, document, author=author)
+            case _:
+                self.roster.add_mark(document_id, document)
+        kind = str(document.__struct_config__.tag)
+        return DocumentHeader(document_id, kind, document.order, document.created)
 
     def _index_tombstone(self, document_id: str, document: Tombstone) -> TombstoneHeader:
         header = TombstoneHeader(
@@ -229,8 +234,8 @@ class Catalogue:
         return self._unknown > 0
 
     def members(self) -> dict[str, Member]:
-        """By node id, what each node last said of itself."""
-        return {node: self._members[node][1] for node in sorted(self._members)}
+        """By node id, what each remembered node last said of itself."""
+        return self.roster.members()
 
     # -- versions
 

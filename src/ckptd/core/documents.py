@@ -39,6 +39,9 @@ PathText: TypeAlias = Annotated[
     str, Meta(min_length=1, max_length=3 * limits.PATH_IN_CHECKPOINT_MAX_BYTES)
 ]
 NodeId: TypeAlias = Annotated[str, Meta(pattern=r"^[a-z0-9]([a-z0-9._-]{0,61}[a-z0-9])?\Z")]
+# Of a certificate, as `identity.serial_text` writes it.
+Serial: TypeAlias = Annotated[str, Meta(pattern=r"^[0-9a-f]{40}\Z")]
+DocumentIds: TypeAlias = Annotated[tuple[Hex64, ...], Meta(max_length=limits.MARKS_MAX)]
 ShortText: TypeAlias = Annotated[str, Meta(max_length=1024)]
 Metrics: TypeAlias = Annotated[
     dict[
@@ -190,7 +193,62 @@ class Member(_Record, frozen=True, tag_field="kind", tag="member"):
     zone: ShortText = ""
 
 
-Document: TypeAlias = Manifest | Tombstone | Pin | Unpin | Member
+class Drain(_Record, frozen=True, tag_field="kind", tag="drain"):
+    """Asks a node to give all its copies to others and to take no new ones, until an undrain (or
+    a forget) names this document."""
+
+    format: Literal[1]
+    cluster: ShortText
+    order: Order
+    created: Time
+    nonce: Nonce
+    node: NodeId
+
+
+class Undrain(_Record, frozen=True, tag_field="kind", tag="undrain"):
+    """Takes back the drains whose document ids it names."""
+
+    format: Literal[1]
+    cluster: ShortText
+    order: Order
+    created: Time
+    nonce: Nonce
+    drains: DocumentIds
+
+
+class Maintenance(_Record, frozen=True, tag_field="kind", tag="maintenance"):
+    """Somebody works on a node for `seconds` from `created` on: its copies are not replaced
+    meanwhile. Of several for one node the newest by (order, id) counts; 0 ends it."""
+
+    format: Literal[1]
+    cluster: ShortText
+    order: Order
+    created: Time
+    nonce: Nonce
+    node: NodeId
+    seconds: Annotated[int, Meta(ge=0, le=limits.MAINTENANCE_MAX_S)]
+
+
+class Forget(_Record, frozen=True, tag_field="kind", tag="forget"):
+    """A node will not come back: the certificates with these serial numbers are refused by every
+    node for ever. `drains` are the drain documents that end with it, so that a new machine may
+    bear the id."""
+
+    format: Literal[1]
+    cluster: ShortText
+    order: Order
+    created: Time
+    nonce: Nonce
+    node: NodeId
+    serials: Annotated[tuple[Serial, ...], Meta(max_length=limits.MARKS_MAX)]
+    drains: DocumentIds = ()
+
+
+Document: TypeAlias = (
+    Manifest | Tombstone | Pin | Unpin | Member | Drain | Undrain | Maintenance | Forget
+)
+MemberMark: TypeAlias = Drain | Undrain | Maintenance | Forget
+"""What an admin says about a node."""
 
 _decoder: msgspec.json.Decoder[Document] = msgspec.json.Decoder(Document)
 _encoder = msgspec.json.Encoder(order="sorted")
@@ -214,7 +272,11 @@ class _Envelope(Struct, frozen=True):
 # RecursionError: fields of unknown formats are skipped, however deeply they nest.
 _MALFORMED: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _envelope_decoder = msgspec.json.Decoder(_Envelope)
-KNOWN: Final = frozenset({(k, FORMAT) for k in ("manifest", "tombstone", "pin", "unpin", "member")})
+_KINDS: Final = (
+    *("manifest", "tombstone", "pin", "unpin"),
+    *("member", "drain", "undrain", "maintenance", "forget"),
+)
+KNOWN: Final = frozenset((kind, FORMAT) for kind in _KINDS)
 
 
 def encode(document: Document) -> bytes:

@@ -22,6 +22,7 @@ PATH_IN_CHECKPOINT_MAX_BYTES: Final = 4096
 DOCUMENT_MAX_BYTES: Final = 16 * MIB  # a manifest of 1 TiB at 32 MiB a shard has about 3 MiB
 TOMBSTONE_VERSIONS_MAX: Final = 10_000
 SHARDS_PER_MANIFEST_MAX: Final = 256 * KIB
+MARKS_MAX: Final = 1024  # drains that one document ends, serial numbers that one lists
 METRICS_MAX: Final = 256
 METRIC_NAME_MAX_CHARACTERS: Final = 256
 ENTRIES_MAX: Final = 200_000  # files, directories and symlinks of one checkpoint
@@ -103,6 +104,13 @@ LAST_WORDS_TIMEOUT_S: Final = 2.0  # for a peer to read why a transfer ended bef
 EVICT_HANDSHAKE_AFTER_S: Final = 1.0  # one that takes longer makes room when there is none
 
 CLUSTER_NODES_MAX: Final = 64
+
+# Membership
+MAINTENANCE_MAX_S: Final = 86_400  # missing copies are not replaced meanwhile
+FLAP_WINDOW_S: Final = 600.0  # how long it is remembered that a node fell silent
+FLAPS_FREE: Final = 3  # so often within that it may, and be up again at once
+FLAP_STEADY_MAX_S: Final = 30.0  # the longest that it must then be heard without a gap
+SLEEP_GAP_S: Final = 10.0  # wall clock ahead of the monotonic one since the last look: asleep
 
 # Config
 COPIES_MAX: Final = 8

@@ -52,6 +52,7 @@ class DocumentKind(StrEnum):
     MEMBER = "member"
     DRAIN = "drain"
     UNDRAIN = "undrain"
+    MAINTENANCE = "maintenance"
     FORGET = "forget"
 
 
@@ -93,6 +94,7 @@ PERMITTED_AUTHORS: Final = MappingProxyType(
         DocumentKind.MEMBER: frozenset({Role.WORKER, Role.COORDINATOR}),
         DocumentKind.DRAIN: frozenset({Role.ADMIN}),
         DocumentKind.UNDRAIN: frozenset({Role.ADMIN}),
+        DocumentKind.MAINTENANCE: frozenset({Role.ADMIN}),
         DocumentKind.FORGET: frozenset({Role.ADMIN}),
     }
 )

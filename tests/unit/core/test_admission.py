@@ -17,10 +17,14 @@ from ckptd.core import limits
 from ckptd.core.admission import AUTHOR_ROLES, admit
 from ckptd.core.documents import (
     Document,
+    Drain,
+    Forget,
+    Maintenance,
     Manifest,
     Member,
     Pin,
     Tombstone,
+    Undrain,
     UnknownDocument,
     Unpin,
     content_id,
@@ -76,6 +80,14 @@ MEMBER = Member(
     address="10.0.0.1:7701",
     bulk_port=7702,
 )
+DRAIN = Drain(format=1, cluster=CLUSTER, order=6, created=TIME, nonce=NONCE, node="pi1")
+UNDRAIN = Undrain(format=1, cluster=CLUSTER, order=7, created=TIME, nonce=NONCE, drains=(OTHER,))
+MAINTENANCE = Maintenance(
+    format=1, cluster=CLUSTER, order=8, created=TIME, nonce=NONCE, node="pi1", seconds=60
+)
+FORGET = Forget(
+    format=1, cluster=CLUSTER, order=9, created=TIME, nonce=NONCE, node="pi1", serials=("0" * 40,)
+)
 UNKNOWN = msgspec.json.encode(
     {"cluster": CLUSTER, "format": 2, "kind": "manifest", "order": 9, "payload": [1, 2]}
 )
@@ -86,6 +98,10 @@ MAY_WRITE: list[tuple[Document, set[Role]]] = [
     (PIN, {Role.CLIENT, Role.ADMIN}),
     (UNPIN, {Role.CLIENT, Role.ADMIN}),
     (MEMBER, {Role.WORKER}),
+    (DRAIN, {Role.ADMIN}),
+    (UNDRAIN, {Role.ADMIN}),
+    (MAINTENANCE, {Role.ADMIN}),
+    (FORGET, {Role.ADMIN}),
 ]
 
 

@@ -17,7 +17,10 @@ from ckptd.core import documents
 from ckptd.core.documents import (
     DirectoryEntry,
     Document,
+    Drain,
     FileEntry,
+    Forget,
+    Maintenance,
     Manifest,
     Member,
     Part,
@@ -26,6 +29,7 @@ from ckptd.core.documents import (
     ShardReference,
     SymlinkEntry,
     Tombstone,
+    Undrain,
     Unpin,
     content_id,
 )
@@ -121,6 +125,17 @@ SAMPLES: dict[str, Document] = {
         address="192.168.1.11:7701",
         bulk_port=7702,
         zone="shelf-a",
+    ),
+    "drain": Drain(**COMMON, created=TIME, nonce=NONCE, node="pi1"),
+    "undrain": Undrain(**COMMON, created=TIME, nonce=NONCE, drains=("bb" * 32,)),
+    "maintenance": Maintenance(**COMMON, created=TIME, nonce=NONCE, node="pi1", seconds=7_200),
+    "forget": Forget(
+        **COMMON,
+        created=TIME,
+        nonce=NONCE,
+        node="pi1",
+        serials=("0123456789" * 4,),
+        drains=("bb" * 32,),
     ),
 }
 

@@ -38,6 +38,7 @@ DOCUMENTS = {
     DocumentKind.MEMBER: "y y - - -",
     DocumentKind.DRAIN: "- - - y -",
     DocumentKind.UNDRAIN: "- - - y -",
+    DocumentKind.MAINTENANCE: "- - - y -",
     DocumentKind.FORGET: "- - - y -",
 }
 
