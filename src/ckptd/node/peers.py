@@ -13,10 +13,9 @@ import asyncio
 import random
 import ssl
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
 
 import structlog
 
@@ -28,18 +27,12 @@ from ckptd.core.quantities import Address, parse_address
 from ckptd.discovery.hints import Hints
 from ckptd.errors import CkptdError, DocumentRefused, PeerError
 from ckptd.net.control import ControlClient, connect_control
+from ckptd.node.ports import OnDisk
 from ckptd.node.records import Records
 from ckptd.observe.metrics import Metrics
 from ckptd.wire import messages
 
 _log = structlog.get_logger(__name__)
-_T = TypeVar("_T")
-
-
-class OnDisk(Protocol):
-    """Runs work in a bounded pool of threads."""
-
-    def __call__(self, work: Callable[[], _T]) -> Awaitable[_T]: ...
 
 
 @dataclass
