@@ -12,6 +12,7 @@
     │   ├── SourceChanged          the source changed while it was read: try again later
     │   └── RootUnreadable         a watched root cannot be read: try again later
     ├── NoRoom                     the store's room above the reserve does not suffice (exit 1)
+    ├── Draining                   the node gives its copies away: place new ones elsewhere
     ├── MediumFailed               the disk below the store fails: the node takes no more work
     ├── StoreOperationFailed       a file of the store cannot be used, though its disk works
     ├── StoreMarkerMissing         the store directory is not a store (unmounted?): never guess
@@ -113,6 +114,10 @@ class RootUnreadable(Refused):
 
 class NoRoom(CkptdError):
     kind = "no_room"
+
+
+class Draining(CkptdError):
+    kind = "draining"
 
 
 class MediumFailed(CkptdError):

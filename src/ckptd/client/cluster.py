@@ -78,6 +78,8 @@ class Cluster:
     """How more nodes are found; None where they are given."""
     first: tuple[str, ...] = ()
     """Addresses to look at first."""
+    revoked: set[str] = field(default_factory=set, repr=False)
+    """Serial numbers of certificates that were forgotten, as far as that is known."""
 
     @property
     def cluster(self) -> str:
@@ -264,6 +266,7 @@ class Cluster:
         small = [key for key, header in merged.items() if header.kind != "manifest"]
         for document_id, document, author in await self.fetch(small):
             catalogue.add(document_id, document, author=author)
+        await self._leave_out_forgotten(catalogue)
         for key, header in merged.items():
             if header.kind == "manifest":
                 try:
@@ -271,6 +274,16 @@ class Cluster:
                 except DocumentRefused as error:
                     _log.warning("document_refused", reason=error.message)
         return catalogue
+
+    async def _leave_out_forgotten(self, catalogue: Catalogue) -> None:
+        """Now that it is signed who was forgotten, these are none of the cluster."""
+        roster = catalogue.roster
+        self.revoked |= roster.forgotten_serials
+        for node in [n for n in self.nodes.values() if roster.refuses(n.control.identity.serial)]:
+            del self.nodes[node.id]
+            await node.control.close()
+        for node_id in roster.forgotten():
+            self.absent.pop(node_id, None)
 
     async def fetch(self, wanted: Iterable[str]) -> list[Admitted]:
         """The documents with these ids, hash, signature and author checked, from whichever nodes
@@ -447,6 +460,8 @@ async def _connect(config: Config, own_hello: Callable[[], messages.Hello] | Non
 
     hello = own_hello or client_hello
 
+    revoked: set[str] = set()
+
     async def reach(address: Address, expected: str) -> Node:
         control = await connect_control(
             address.host,
@@ -455,6 +470,7 @@ async def _connect(config: Config, own_hello: Callable[[], messages.Hello] | Non
             cluster=config.cluster,
             hello=hello(),
             expected_node_id=expected or None,
+            forgotten=revoked.__contains__,
         )
         try:
             status, _ = await control.request(messages.GetStatus(), messages.NodeStatus)
@@ -475,12 +491,13 @@ async def _connect(config: Config, own_hello: Callable[[], messages.Hello] | Non
         config=config,
         identity=identity,
         signer=signer,
-        bulk=BulkConnector(context, config.cluster, hello),
+        bulk=BulkConnector(context, config.cluster, hello, revoked.__contains__),
         nodes=nodes,
         absent=absent,
         ca=load_ca(tls.ca.read_bytes()),
         search=search,
         first=first,
+        revoked=revoked,
     )
     try:
         await search.run(first)

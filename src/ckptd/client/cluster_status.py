@@ -18,7 +18,9 @@ from ckptd.core.copysets import attainable_room
 from ckptd.core.documents import Manifest
 from ckptd.core.machines import MachineKey
 from ckptd.core.membership import peer_state
+from ckptd.core.steward import Standing, steward
 from ckptd.errors import NotFound
+from ckptd.wire import messages
 
 _STATES: Final = (
     State.PENDING,
@@ -128,6 +130,7 @@ def node_rows(cluster: Cluster) -> tuple[NodeRow, ...]:
         _absent(node, suspect_s=membership.suspect_s, down_s=membership.down_s)
         for node in cluster.absent.values()
     ]
+    rows += [_forgotten(view) for view in (cluster.search.forgotten if cluster.search else ())]
     return tuple(sorted(rows, key=lambda row: (not row.id, row.id, row.address)))
 
 
@@ -156,7 +159,7 @@ def _absent(node: AbsentNode, *, suspect_s: float, down_s: float) -> NodeRow:
         id=node.id,
         address=node.address,
         roles=node.roles,
-        state="suspect" if state == "up" else state,
+        state="maintenance" if node.in_maintenance else "suspect" if state == "up" else state,
         bytes_total=0,
         bytes_used=0,
         bytes_free=0,
@@ -168,14 +171,29 @@ def _absent(node: AbsentNode, *, suspect_s: float, down_s: float) -> NodeRow:
     )
 
 
-def steward_of(rows: Iterable[NodeRow]) -> str | None:
-    """The live coordinator with the smallest id, else the live worker with the smallest id."""
-    live = [row for row in rows if row.state == "up" and row.id]
-    for role in ("coordinator", "worker"):
-        ids = [row.id for row in live if role in row.roles]
-        if ids:
-            return min(ids)
-    return None
+def _forgotten(view: messages.PeerView) -> NodeRow:
+    return NodeRow(
+        id=view.node,
+        address=view.address,
+        roles=view.roles,
+        state="forgotten",
+        bytes_total=0,
+        bytes_used=0,
+        bytes_free=0,
+        write_bytes_per_s=0.0,
+        version="",
+        last_seen_s=None,
+        zone=view.zone,
+        reason="",
+    )
+
+
+def steward_of(cluster: Cluster) -> str | None:
+    """Who plans, of those that answer."""
+    return steward(
+        Standing(node.id, frozenset(node.hello.roles), None, failed=node.status.state == "failed")
+        for node in cluster.nodes.values()
+    )
 
 
 # -- status
@@ -208,7 +226,7 @@ async def cluster_status(cluster: Cluster) -> ClusterStatus:
         repair=RepairQueue(),
         scrub=ScrubState(timestamp(min(known)) if len(known) == len(checks) and known else None),
         room=room_of(cluster, versions),
-        steward=steward_of(rows),
+        steward=steward_of(cluster),
     )
 
 
@@ -231,7 +249,8 @@ def room_of(cluster: Cluster, versions: Sequence[Surveyed]) -> Room:
     free: Counter[MachineKey] = Counter()
     machines = machines_of(cluster)
     for node in cluster.workers:
-        free[machines[node.id]] += node.status.bytes_free
+        if not node.is_draining:
+            free[machines[node.id]] += node.status.bytes_free
     storable = (
         attainable_room(list(free.values()), cluster.config.replication.copies) if free else 0
     )

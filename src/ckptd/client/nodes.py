@@ -24,6 +24,11 @@ class Node:
         return self.control.hello
 
     @property
+    def is_draining(self) -> bool:
+        """Whether it gives its copies away: they do not count for new versions."""
+        return self.status.state == "draining"
+
+    @property
     def machine(self) -> MachineKey:
         """Equal for nodes that die together."""
         return machine_key(self.id, self.hello.boot_id, self.hello.zone)
@@ -44,3 +49,4 @@ class AbsentNode:
     last_seen_s: float | None = None
     roles: tuple[str, ...] = ()
     zone: str = ""
+    in_maintenance: bool = False

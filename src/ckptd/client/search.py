@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _log = structlog.get_logger(__name__)
 
+_FORGOTTEN: Final = "forgotten"
+_MAINTENANCE: Final = "maintenance"
 _PATIENCE_S: Final = 0.3  # with a known address, before mDNS is listened to as well
 _LATELY_S: Final = 120.0
 _MOMENT_S: Final = 0.1  # between two looks at whether to go on
@@ -79,6 +81,7 @@ class Search:
                 await self._look(stack)
         finally:
             await self._drop_rest()
+        await self._drop_forgotten()
         self._note_absent()
 
     async def again(self, addresses: Iterable[str]) -> None:
@@ -203,11 +206,26 @@ class Search:
         """Notes what `node` knows of others, as far as it is the newest that is known."""
         for view in node.status.peers:
             best = self._remembered.get(view.node)
-            if best is None or _is_fresher(view, best):
+            if best is None or _is_better(view, best):
                 self._remembered[view.node] = view
 
     def _unmet(self) -> list[messages.PeerView]:
-        return [view for view in self._remembered.values() if view.node not in self._nodes]
+        return [
+            view
+            for view in self._remembered.values()
+            if view.node not in self._nodes and view.state != _FORGOTTEN
+        ]
+
+    @property
+    def forgotten(self) -> list[messages.PeerView]:
+        """The nodes of which all that answer say that they were forgotten."""
+        return [view for view in self._remembered.values() if view.state == _FORGOTTEN]
+
+    async def _drop_forgotten(self) -> None:
+        """A machine that was given up may still answer; it is none of the cluster."""
+        for view in self.forgotten:
+            if (node := self._nodes.pop(view.node, None)) is not None:
+                await node.control.close()
 
     def _try_known(self, node: str, address: str) -> None:
         if address in self._tried:
@@ -263,11 +281,17 @@ class Search:
         lost = {node.id: node for node in self._absent.values() if node.id}
         self._absent.clear()
         for node_id, view in self._remembered.items():
-            if node_id not in self._nodes:
+            if node_id not in self._nodes and view.state != _FORGOTTEN:
                 reason = self._failures.pop(view.address, "does not answer")
                 seen = None if view.last_seen_s < 0 else view.last_seen_s
                 self._absent[node_id] = AbsentNode(
-                    node_id, view.address, reason, seen, view.roles, view.zone
+                    node_id,
+                    view.address,
+                    reason,
+                    seen,
+                    view.roles,
+                    view.zone,
+                    view.state == _MAINTENANCE,
                 )
         for node_id, node in lost.items():
             if node_id not in self._nodes:
@@ -293,7 +317,11 @@ def _reason(error: CkptdError) -> str:
     return error.reason if isinstance(error, PeerError) else error.message
 
 
-def _is_fresher(view: messages.PeerView, other: messages.PeerView) -> bool:
+def _is_better(view: messages.PeerView, other: messages.PeerView) -> bool:
+    """Whether `view` says more of a node than `other` does. A single node that does not know yet,
+    or lies, makes nobody disappear: forgotten is who is so for all that answer."""
+    if _FORGOTTEN in (view.state, other.state):
+        return view.state != _FORGOTTEN
     if view.last_seen_s < 0:
         return False
     return other.last_seen_s < 0 or view.last_seen_s < other.last_seen_s

@@ -175,7 +175,7 @@ class _Store:
     def _check_room(self, size: int) -> None:
         """Refuses before a byte is sent what the nodes could not hold even once, and even if all
         that they have already were part of it."""
-        status = [node.status for node in self._cluster.workers]
+        status = [node.status for node in self._cluster.workers if not node.is_draining]
         room = sum(found.bytes_free + found.bytes_used for found in status)
         if size > room:
             raise NoRoom(

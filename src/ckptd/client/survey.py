@@ -142,9 +142,9 @@ def presumed_nodes(
 ) -> list[str]:
     """Absent nodes that may be presumed to keep a copy of the version with this `order`.
 
-    Those are the ones seen less than `repair_after_s` ago, and after the version was written: what
-    was stored without a node is not on it. Orders are milliseconds of a clock, or above it; one
-    that runs ahead presumes nothing.
+    Those are the ones seen less than `repair_after_s` ago or in maintenance, and after the version
+    was written: what was stored without a node is not on it. Orders are milliseconds of a clock, or
+    above it; one that runs ahead presumes nothing.
     """
     return [
         node.id
@@ -152,7 +152,7 @@ def presumed_nodes(
         if node.id
         and (not node.roles or "worker" in node.roles)
         and node.last_seen_s is not None
-        and node.last_seen_s < repair_after_s
+        and (node.in_maintenance or node.last_seen_s < repair_after_s)
         and order < now_ms - node.last_seen_s * 1000
     ]
 

@@ -25,6 +25,7 @@ from ckptd.core import bitmaps, limits
 from ckptd.core.placement import Candidate, Placement
 from ckptd.errors import (
     CkptdError,
+    Draining,
     NoRoom,
     NotAuthorized,
     NotEnoughNodes,
@@ -41,7 +42,8 @@ _log = structlog.get_logger(__name__)
 
 _STORED: Final = ("durable", "present")
 _NODE_FAILURES_MAX: Final = 3  # in a row; then a node gets no more shards of this store
-_FULL: Final = ("no_room", "medium_failed", "store_operation_failed")  # asking again is no use
+# Asking again is no use.
+_FULL: Final = ("no_room", "medium_failed", "store_operation_failed", Draining.kind)
 _CORRUPT: Final = "shard_corrupt"  # what a node says of bytes that are not the announced ones
 
 
@@ -95,6 +97,7 @@ class Transfers:
         self._failed_at_s: dict[str, float] = {}
         self._left_out: set[str] = set()
         self._without_room: set[str] = set()
+        self._leaving: set[str] = set()
         self._free_at_s: dict[str, float] = {}
         self._random = random.Random()
         self._lock = threading.Lock()
@@ -127,9 +130,10 @@ class Transfers:
             self._progress.note(f"{node} is back")
 
     def distinct(self, holders: Iterable[str]) -> int:
-        """How many machines those of these nodes are that still answer."""
+        """How many machines those of these nodes are that still answer. Draining ones do not
+        count: their copies will go."""
         nodes = self._cluster.nodes
-        return len({nodes[node].machine for node in holders if node in nodes})
+        return len({nodes[n].machine for n in holders if n in nodes and not nodes[n].is_draining})
 
     def why_nowhere(self, shard: Shard) -> CkptdError:
         """The error to raise when no node took a copy of `shard`."""
@@ -143,6 +147,11 @@ class Transfers:
                 f"none of the {len(nodes)} nodes that answer has room for more shards above its "
                 f"reserve{why}",
                 next="ckptd nodes   (then add a node, or put in a larger disk)",
+            )
+        if nodes and not set(nodes) - self._draining():
+            return NotEnoughNodes(
+                f"all {len(nodes)} nodes that answer are draining: they take no new copies",
+                next=f"ckptd undrain {nodes[0]}",
             )
         return NotEnoughNodes(
             f"no node took shard {shard.digest.hex()} ({len(nodes)} nodes answer){why}",
@@ -159,7 +168,7 @@ class Transfers:
             busy_until_s = time.monotonic() + limits.BUSY_GIVE_UP_S
             attempt = 0
             while self.distinct(shard.holders) < self._copies:
-                present = shard.holders & self._cluster.nodes.keys()
+                present = (shard.holders & self._cluster.nodes.keys()) - self._draining()
                 chain = self._placement.choose(
                     shard.size, exclude=self._unusable(), already=present
                 )
@@ -178,7 +187,11 @@ class Transfers:
                 await asyncio.sleep(pause_s * self._random.uniform(0.5, 1.0))
 
     def _unusable(self) -> set[str]:
-        return self._left_out | (self._nodes.keys() - self._cluster.nodes.keys())
+        gone = self._nodes.keys() - self._cluster.nodes.keys()
+        return self._left_out | gone | self._draining()
+
+    def _draining(self) -> set[str]:
+        return {node.id for node in self._cluster.nodes.values() if node.is_draining}
 
     async def _try(self, shard: Shard, chain: tuple[str, ...]) -> bool:
         """Sends `shard` down `chain` once, and takes note of what came of it; whether some node
@@ -316,6 +329,8 @@ class Transfers:
             self._left_out.add(node)
             if code == "no_room":
                 self._without_room.add(node)
+            elif code == Draining.kind:
+                self._leaving.add(node)
             self._progress.note(f"{node} takes no more shards: {reason}")
             return
         if started_s < self._failed_at_s.get(node, 0.0):
@@ -332,8 +347,9 @@ class Transfers:
         """A node that has a copy and can send it on."""
         nodes = self._cluster.nodes
         for node in sorted(shard.holders):
-            # A full node takes nothing more, but gives what it has.
-            if node in nodes and (node not in self._left_out or node in self._without_room):
+            # A full or draining node takes nothing more, but gives what it has.
+            gives = node in self._without_room or node in self._leaving
+            if node in nodes and (node not in self._left_out or gives):
                 return nodes[node]
         return None
 

@@ -39,7 +39,9 @@ class Link:
         cluster = self._cluster
         assert cluster is not None
         own = cluster.nodes.get(cluster.identity.node_id)
-        up = {view.node for view in own.status.peers if view.state == "up"} if own else set()
+        recent_s = cluster.config.membership.suspect_s
+        views = own.status.peers if own else ()
+        up = {view.node for view in views if 0 <= view.last_seen_s < recent_s}
         return not cluster.workers or not up <= cluster.nodes.keys()
 
     async def catalogue(self) -> Catalogue:

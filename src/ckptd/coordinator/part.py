@@ -27,7 +27,7 @@ from ckptd.coordinator.content_memory import FILE, ContentMemory
 from ckptd.coordinator.inhibitor import SleepInhibitor
 from ckptd.coordinator.link import Link
 from ckptd.coordinator.storing import Candidate, Outcome, store_candidate
-from ckptd.coordinator.survey import VersionCounts, steward, unprotected_steps
+from ckptd.coordinator.survey import VersionCounts, unprotected_steps
 from ckptd.core import limits
 from ckptd.core.checkpoint_units import step_of
 from ckptd.core.pending import Row
@@ -55,7 +55,6 @@ class Coordinator:
         config = node.config
         assert config.node is not None and config.node.state is not None, "it is a coordinator"
         self._node = node
-        self._id = config.node.id
         self._started_ns = time.time_ns()
         state: Path = config.node.state
         with contextlib.suppress(OSError):  # what cannot be remembered is read again
@@ -75,7 +74,9 @@ class Coordinator:
 
     def work(self) -> Mapping[str, Callable[[], Coroutine[None, None, None]]]:
         """As `Part.work`."""
-        counts = VersionCounts(self._connect, self._is_steward, self._node.metrics.checkpoints)
+        counts = VersionCounts(
+            self._connect, self._node.members.is_steward, self._node.metrics.checkpoints
+        )
         return {
             "watch": self._watch,
             "store": self._store_ready,
@@ -108,10 +109,6 @@ class Coordinator:
 
     def _connect(self) -> AbstractAsyncContextManager[Cluster]:
         return connect(self._node.config, self._node.hello)
-
-    def _is_steward(self) -> bool:
-        peers = self._node.peers
-        return steward(self._id, peers.views() if peers else ()) == self._id
 
     # -- watching
 

@@ -17,14 +17,8 @@ from ckptd.core.availability import State
 from ckptd.core.catalogue import Catalogue
 from ckptd.core.headers import run_of
 from ckptd.errors import CkptdError
-from ckptd.wire import messages
 
 _log = structlog.get_logger(__name__)
-
-
-def steward(own: str, peers: Iterable[messages.PeerView]) -> str:
-    """The coordinator with the smallest id of those that are up. `own` is one that is."""
-    return min([own, *(p.node for p in peers if p.state == "up" and "coordinator" in p.roles)])
 
 
 def unprotected_steps(

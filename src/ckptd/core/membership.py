@@ -45,6 +45,16 @@ def peer_state(silent_s: float | None, *, suspect_s: float, down_s: float) -> Pe
     return "suspect" if silent_s >= suspect_s else "up"
 
 
+def shown_state(state: PeerState, *, failed: bool, draining: bool, maintenance: bool) -> str:
+    """The word that people see for a node. What keeps it from its work comes first; one that does
+    not answer because somebody works on it is no reason for alarm."""
+    if state != "up":
+        return "maintenance" if maintenance else state
+    if failed:
+        return "failed"
+    return "draining" if draining else "maintenance" if maintenance else "up"
+
+
 class _Peer:
     """What is remembered of one node."""
 

@@ -25,7 +25,7 @@ from ckptd.net.bulk_channel import (
     tune,
 )
 from ckptd.net.shard_sender import ShardSender, ShardSource, push_shard
-from ckptd.net.tls import check_peer
+from ckptd.net.tls import check_peer, none_forgotten
 from ckptd.net.tls_stream import TlsStream
 from ckptd.wire import messages
 
@@ -45,11 +45,16 @@ class BulkConnector:
     """Makes bulk connections and keeps idle ones for the next shard. Thread-safe."""
 
     def __init__(
-        self, context: ssl.SSLContext, cluster: str, hello: Callable[[], messages.Hello]
+        self,
+        context: ssl.SSLContext,
+        cluster: str,
+        hello: Callable[[], messages.Hello],
+        forgotten: Callable[[str], bool] = none_forgotten,
     ) -> None:
         self._context = context
         self._cluster = cluster
         self._hello = hello
+        self._forgotten = forgotten
         self._lock = threading.Lock()
         self._idle: dict[tuple[str, str, int, int], list[BulkChannel]] = {}
         self._in_use: set[BulkChannel] = set()
@@ -145,7 +150,12 @@ class BulkConnector:
             raw.close()
             raise PeerUnreachable(node, f"no TLS with {host}:{port}: {error}") from error
         try:
-            check_peer(sock.tls, cluster=self._cluster, expected_node_id=node)
+            check_peer(
+                sock.tls,
+                cluster=self._cluster,
+                expected_node_id=node,
+                forgotten=self._forgotten,
+            )
         except NotAuthorized:
             sock.close()
             raise

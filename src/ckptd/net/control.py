@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Callable
 from typing import TypeVar
 
 from ckptd.core import limits
@@ -11,6 +12,7 @@ from ckptd.core.quantities import Address
 from ckptd.errors import CkptdError, PeerStalled, PeerUnreachable, ProtocolError
 from ckptd.net.bulk import refusal
 from ckptd.net.control_connection import Answer, ControlProtocol, Payload, Progress
+from ckptd.net.tls import none_forgotten
 from ckptd.wire import messages
 from ckptd.wire.connection import ConnectionRefused, HelloReceived, ResponseReceived
 from ckptd.wire.messages import Message
@@ -19,8 +21,10 @@ _A = TypeVar("_A", bound=Message)
 
 
 class _ClientProtocol(ControlProtocol):
-    def __init__(self, cluster: str, expected_node_id: str | None) -> None:
-        super().__init__("client", cluster, expected_node_id)
+    def __init__(
+        self, cluster: str, expected_node_id: str | None, forgotten: Callable[[str], bool]
+    ) -> None:
+        super().__init__("client", cluster, expected_node_id, forgotten)
         self.hello: asyncio.Future[messages.Hello] = asyncio.get_running_loop().create_future()
         self.waiting: dict[int, tuple[asyncio.Future[Answer], Progress | None]] = {}
         self.refusal: CkptdError | None = None
@@ -137,11 +141,12 @@ async def connect_control(
     cluster: str,
     hello: messages.Hello,
     expected_node_id: str | None = None,
+    forgotten: Callable[[str], bool] = none_forgotten,
 ) -> ControlClient:
     """Connects to a node and exchanges hellos.
 
     Raises PeerUnreachable, ProtocolError, or NotAuthorized when what answers there is not a node
-    of this cluster, or not the node that was meant.
+    of this cluster, not the node that was meant, or bears a certificate that is `forgotten`.
     """
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     meant = expected_node_id or address
@@ -150,14 +155,14 @@ async def connect_control(
     try:
         async with asyncio.timeout(limits.CONNECT_TIMEOUT_S + limits.HANDSHAKE_TIMEOUT_S):
             transport, protocol = await loop.create_connection(
-                lambda: _ClientProtocol(cluster, expected_node_id),
+                lambda: _ClientProtocol(cluster, expected_node_id, forgotten),
                 host,
                 port,
                 ssl=context,
                 server_hostname="",
                 ssl_handshake_timeout=limits.HANDSHAKE_TIMEOUT_S,
             )
-            if protocol.connection is None:
+            if protocol.connection is None or protocol.refusal is not None:
                 raise protocol.refusal or PeerUnreachable(meant, "closed the connection")
             await protocol.write(protocol.connection.send_hello(hello))
             answer = await protocol.hello

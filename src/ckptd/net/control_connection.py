@@ -15,7 +15,7 @@ import structlog
 from ckptd.core import limits
 from ckptd.core.identity import Identity
 from ckptd.errors import CkptdError, NotAuthorized, PeerStalled, PeerUnreachable, ProtocolError
-from ckptd.net.tls import check_peer
+from ckptd.net.tls import check_peer, none_forgotten, refuse_forgotten
 from ckptd.wire import messages
 from ckptd.wire.connection import Buffer, Connection
 from ckptd.wire.messages import Message
@@ -39,11 +39,16 @@ class ControlProtocol(asyncio.Protocol):
     """What both sides share: bytes to events, and flow control of what is sent."""
 
     def __init__(
-        self, side: Literal["client", "server"], cluster: str, expected_node_id: str | None = None
+        self,
+        side: Literal["client", "server"],
+        cluster: str,
+        expected_node_id: str | None = None,
+        forgotten: Callable[[str], bool] = none_forgotten,
     ) -> None:
         self._side = side
         self._cluster = cluster
         self._expected_node_id = expected_node_id
+        self._forgotten = forgotten
         self._transport: asyncio.Transport | None = None
         self._may_write = asyncio.Event()
         self._may_write.set()
@@ -71,6 +76,10 @@ class ControlProtocol(asyncio.Protocol):
             self.fail(error)
             return
         self.connection = Connection(self._side, self.peer)
+        try:
+            refuse_forgotten(self.identity, self._forgotten)
+        except NotAuthorized as error:
+            self.fail(error)  # with words: it may be the owner's own machine, years later
 
     def data_received(self, data: bytes) -> None:
         if self.connection is None:

@@ -28,6 +28,7 @@ from ckptd.errors import (
 )
 from ckptd.net.control_connection import Answer, ControlProtocol, Handler, as_error_message
 from ckptd.net.memory import Claim, MemoryPool
+from ckptd.net.tls import none_forgotten, refuse_forgotten
 from ckptd.wire import messages
 from ckptd.wire.connection import Buffer, HelloReceived, RequestReceived
 from ckptd.wire.messages import Message
@@ -48,7 +49,7 @@ class _ServerProtocol(ControlProtocol):
     """
 
     def __init__(self, server: ControlServer) -> None:
-        super().__init__("server", server.cluster)
+        super().__init__("server", server.cluster, forgotten=server.forgotten)
         self._server = server
         self._greeted = False
         self._lost = False
@@ -59,7 +60,7 @@ class _ServerProtocol(ControlProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
-        if self.connection is None or self.identity is None:
+        if self.connection is None or self.identity is None or self.connection.closed:
             return
         if not may(self.identity.roles, Action.HELLO):
             self.fail(NotAuthorized(f"{self.identity} may not connect here"))
@@ -176,6 +177,7 @@ class _ServerProtocol(ControlProtocol):
                 self.write_now(connection.send_response(event.request_id, message))
 
         try:
+            refuse_forgotten(self.identity, self._forgotten)
             return await self._server.handler(self.identity, event.message, event.payload, progress)
         except PeerBusy as error:
             return messages.Busy(error.reason[:1000]), b""
@@ -207,7 +209,8 @@ def _held_bytes(body_bytes: int, payload_bytes: int) -> int:
 
 
 class ControlServer:
-    """Serves control connections. `handler` answers requests, `hello` describes this node."""
+    """Serves control connections. `handler` answers requests, `hello` describes this node,
+    `forgotten` says of a certificate's serial number whether it is refused."""
 
     def __init__(
         self,
@@ -218,12 +221,14 @@ class ControlServer:
         hello: Callable[[], messages.Hello],
         handler: Handler,
         on_hello: Callable[[Identity, messages.Hello], None],
+        forgotten: Callable[[str], bool] = none_forgotten,
     ) -> None:
         self.cluster = cluster
         self.node_id = node_id
         self.hello = hello
         self.handler = handler
         self.on_hello = on_hello
+        self.forgotten = forgotten
         self.requests_pool = MemoryPool(limits.CONTROL_REQUESTS_POOL_BYTES)
         self.answers_pool = MemoryPool(limits.CONTROL_ANSWERS_POOL_BYTES)
         self._context = context

@@ -10,7 +10,7 @@ refusal therefore reaches the client as an error of its first read.
 from __future__ import annotations
 
 import ssl
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -46,23 +46,43 @@ def client_context(ca: Path, cert: Path, key: Path) -> ssl.SSLContext:
     return _context(ssl.PROTOCOL_TLS_CLIENT, ca, cert, key)
 
 
+def none_forgotten(_serial: str) -> bool:
+    """For whoever knows of no forgotten certificate (yet)."""
+    return False
+
+
+def refuse_forgotten(identity: Identity, forgotten: Callable[[str], bool]) -> None:
+    """Raises NotAuthorized when the certificate of `identity` was forgotten: it proves nothing any
+    more. `forgotten` says so of a serial number. To be asked at every request, too: a certificate
+    may be forgotten while its connection is open."""
+    if forgotten(identity.serial):
+        roles = ",".join(sorted(role.value for role in identity.roles))
+        raise NotAuthorized(
+            f"the certificate of {identity} was forgotten",
+            next=f"ckptd pki issue {roles} {identity.node_id}   (a new one, if it is to come back)",
+        )
+
+
 def check_peer(
     peer: ssl.SSLSocket | ssl.SSLObject | bytes,
     *,
     cluster: str,
     expected_node_id: str | None = None,
+    forgotten: Callable[[str], bool] = none_forgotten,
 ) -> Identity:
     """The identity of the peer after a completed handshake.
 
     `peer` is the connection or the peer's certificate (DER). With `expected_node_id` the peer must
     be that node: the certificate has its id and the role of a node (a person may bear the same
     id). The connecting side gives it whenever it knows which node it meant; when it does not, it
-    still has to look at `Identity.is_node`. Raises NotAuthorized: close the connection.
+    still has to look at `Identity.is_node`. A certificate that is `forgotten` is nobody's.
+    Raises NotAuthorized: close the connection.
     """
     certificate_der = peer if isinstance(peer, bytes) else peer.getpeercert(binary_form=True)
     if not certificate_der:
         raise NotAuthorized("the peer presented no certificate")
     identity = identity_of(certificate_der, cluster=cluster)
+    refuse_forgotten(identity, forgotten)
     if expected_node_id is None:
         return identity
     if identity.node_id != expected_node_id:

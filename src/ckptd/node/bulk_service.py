@@ -29,6 +29,7 @@ from ckptd.errors import (
 from ckptd.net.bulk import BulkChannel, BulkConnector
 from ckptd.net.bulk_channel import patience_s
 from ckptd.net.control_connection import as_error_message
+from ckptd.net.tls import refuse_forgotten
 from ckptd.net.tls_stream import TlsStream
 from ckptd.node.bulk_connections import BulkConnection, BulkConnections, Slots
 from ckptd.node.push import Push
@@ -72,7 +73,11 @@ class BulkService:
         hello: Callable[[], messages.Hello],
         traffic: Traffic,
         on_suspicion: Callable[[bytes], None],
+        forgotten: Callable[[str], bool],
+        draining: Callable[[], bool],
     ) -> None:
+        """`forgotten` says of a certificate's serial number whether it is refused, `draining`
+        whether this node takes no new copies."""
         self.cluster = cluster
         self.node_id = node_id
         self.store = store
@@ -80,6 +85,8 @@ class BulkService:
         self.traffic = traffic
         self._hello = hello
         self._on_suspicion = on_suspicion
+        self._forgotten = forgotten
+        self._draining = draining
         per_peer = limits.BULK_SLOTS_PER_PEER_MAX
         self.connections = BulkConnections()
         self.receive_slots = [
@@ -196,8 +203,11 @@ class BulkService:
             raise ProtocolError(channel.peer, f"sent {type(request).__name__} as a request")
         if header.hop != hop:
             raise ProtocolError(channel.peer, "changed the hop of a connection")
-        if not may(identity.roles, action):
-            refused = self._not_authorized(identity, action.value.replace("_", " "))
+        try:
+            refuse_forgotten(identity, self._forgotten)
+            if not may(identity.roles, action):
+                raise self._not_authorized(identity, action.value.replace("_", " "))
+        except NotAuthorized as refused:
             channel.send(as_error_message(refused, self.node_id))
             return
         if not self._begin_request():
@@ -235,6 +245,7 @@ class BulkService:
                 store=self.store,
                 connector=self.connector,
                 traffic=self.traffic,
+                draining=self._draining,
             )
             self._with_slot(self.receive_slots[hop], channel, reception.run)
         elif isinstance(request, messages.PushShard):

@@ -19,6 +19,7 @@ from cryptography import x509
 from prometheus_client import CollectorRegistry
 
 from ckptd import __version__
+from ckptd.clock import SYSTEM_CLOCK
 from ckptd.config import Config, NodeConfig, load
 from ckptd.core import limits
 from ckptd.core.identity import load_ca
@@ -32,6 +33,7 @@ from ckptd.net.control_server import ControlServer
 from ckptd.net.loop import run
 from ckptd.net.tls import check_peer, client_context, server_context
 from ckptd.node.heap import keep_heap_small
+from ckptd.node.members import Members
 from ckptd.node.notify import notify
 from ckptd.node.part import Part
 from ckptd.node.peers import Peers
@@ -84,6 +86,14 @@ class Node:
             self.records.load()
             self._boot_id = boot_id()
             self._presence = Presence(config, self.records, self._signer)
+            self.members = Members(
+                roster=self.records.catalogue.roster,
+                hello=self.hello,
+                failed=lambda: self._directory.medium.failed is not None,
+                config=config.membership,
+                clock=SYSTEM_CLOCK,
+                metrics=self.metrics,
+            )
             self.failed_part: str | None = None
             self._stop = asyncio.Event()
             self._parts = [make(self) for make in parts]
@@ -120,7 +130,7 @@ class Node:
         )
 
     def state(self) -> str:
-        return "failed" if self._directory.medium.failed else "up"
+        return self.members.own_state()
 
     def status(self) -> messages.NodeStatus:
         """What this node is and holds, now."""
@@ -145,7 +155,7 @@ class Node:
             clock_ms=int(time.time() * 1000),
             uptime_s=time.monotonic() - self._started_s,
             failed_reason=self._directory.medium.failed or "",
-            peers=tuple(self.peers.views()) if self.peers else (),
+            peers=tuple(self.members.views()),
         )
 
     peers: Peers | None = None
@@ -165,7 +175,7 @@ class Node:
             self.worker.sample()
         for part in self._parts:
             part.sample()
-        self.metrics.node_up(self._node.id, self.state() == "up")
+        self.metrics.node_up(self._node.id, self._directory.medium.failed is None)
         return self.metrics.text()
 
     def _targets(self) -> list[Target]:
@@ -213,7 +223,7 @@ class Node:
             status=self.status,
             more={kind: answer for part in self._parts for kind, answer in part.handlers.items()},
         )
-        hints = Hints(self.config.cluster, self._node.id, self._is_known)
+        hints = Hints(self.config.cluster, self._node.id, self.members.knows)
         self.peers = Peers(
             cluster=self.config.cluster,
             node_id=self._node.id,
@@ -225,6 +235,7 @@ class Node:
             on_disk=requests.on_disk,
             metrics=self.metrics,
             hints=hints,
+            members=self.members,
         )
         self.control = ControlServer(
             cluster=self.config.cluster,
@@ -233,14 +244,19 @@ class Node:
             hello=self.hello,
             handler=requests.answer,
             on_hello=self.peers.on_hello,
+            forgotten=self.members.forgotten,
         )
         if self.worker is not None:
             self.worker.start(
                 cluster=self.config.cluster,
                 node_id=self._node.id,
-                connector=BulkConnector(self._client_context, self.config.cluster, self.hello),
+                connector=BulkConnector(
+                    self._client_context, self.config.cluster, self.hello, self.members.forgotten
+                ),
                 hello=self.hello,
                 suspect=requests.suspect,
+                forgotten=self.members.forgotten,
+                draining=self.members.is_draining,
             )
         await self._start_http()
         await self._presence.say(requests.on_disk)
@@ -275,7 +291,9 @@ class Node:
         if self.config.discovery.mdns:
             work["discovery"] = partial(self._discover, hints)
         if self.worker is not None:
-            secure = self.worker.handshake(self._server_context, self.config.cluster)
+            secure = self.worker.handshake(
+                self._server_context, self.config.cluster, self.members.forgotten
+            )
             work["accept bulk"] = Acceptor(listeners[1], waiting, secure).run
         for part in self._parts:
             work.update(part.work())
@@ -304,9 +322,6 @@ class Node:
             self.failed_part = task.get_name()
             self.request_stop()
 
-    def _is_known(self, node: str) -> bool:
-        return self.peers is not None and self.peers.knows(node)
-
     async def _discover(self, hints: Hints) -> None:
         # Takes memory, which a node without mDNS has better use for.
         from ckptd.discovery.service import Discovery, OwnService
@@ -328,6 +343,7 @@ class Node:
             metrics=self._metrics_text,
             health=self._health,
             targets=self._targets,
+            forgotten=self.members.forgotten,
         )
         await self._http.start()
 

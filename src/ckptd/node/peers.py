@@ -13,7 +13,7 @@ import asyncio
 import random
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,31 +22,18 @@ import structlog
 from ckptd.config import MembershipConfig
 from ckptd.core import limits
 from ckptd.core.identity import Identity, Role
-from ckptd.core.membership import PeerState, peer_state
 from ckptd.core.quantities import Address, parse_address
 from ckptd.discovery.hints import Hints
 from ckptd.errors import CkptdError, DocumentRefused, PeerError
 from ckptd.net.control import ControlClient, connect_control
+from ckptd.net.tls import refuse_forgotten
+from ckptd.node.members import Members
 from ckptd.node.ports import OnDisk
 from ckptd.node.records import Records
 from ckptd.observe.metrics import Metrics
 from ckptd.wire import messages
 
 _log = structlog.get_logger(__name__)
-
-
-@dataclass
-class Peer:
-    """What is known of one other node. Times are of the monotonic clock, in seconds."""
-
-    node: str
-    address: str
-    bulk_port: int = 0
-    roles: tuple[str, ...] = ()
-    zone: str = ""
-    boot_id: str = ""
-    heard_s: float | None = None
-    state: PeerState = "down"
 
 
 @dataclass
@@ -99,6 +86,7 @@ class Peers:
         on_disk: OnDisk,
         metrics: Metrics,
         hints: Hints,
+        members: Members,
     ) -> None:
         self._cluster = cluster
         self._node_id = node_id
@@ -109,7 +97,7 @@ class Peers:
         self._hello = hello
         self._on_disk = on_disk
         self._metrics = metrics
-        self._peers: dict[str, Peer] = {}
+        self._members = members
         self._hints = hints
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._seekers: dict[str, asyncio.Task[None]] = {}
@@ -120,29 +108,11 @@ class Peers:
         # What a peer answers is held in memory: one at a time may answer with much.
         self._syncing = asyncio.Lock()
 
-    def knows(self, node: str) -> bool:
-        """Whether this node is remembered, or has proved who it is."""
-        return node in self._peers
-
-    def views(self) -> Iterator[messages.PeerView]:
-        """What this node thinks of each other one, now."""
-        now_s = time.monotonic()
-        for peer in list(self._peers.values())[: limits.CLUSTER_NODES_MAX]:
-            silent_s = None if peer.heard_s is None else now_s - peer.heard_s
-            state = peer_state(
-                silent_s, suspect_s=self._config.suspect_s, down_s=self._config.down_s
-            )
-            seen = -1.0 if silent_s is None else silent_s
-            yield messages.PeerView(
-                peer.node, peer.address, peer.bulk_port, state, seen, peer.roles, peer.zone
-            )
-
     def on_hello(self, identity: Identity, hello: messages.Hello) -> None:
         """Somebody connected to us; a node that did is alive, and says where it listens."""
         if not identity.is_node or identity.node_id == self._node_id:
             return
-        peer = self._peer(identity.node_id, hello.address)
-        self._heard(peer, hello, identity)
+        self._members.heard(identity, hello)
 
     async def run(self) -> None:
         """Looks for nodes to keep in touch with, and notes who went silent."""
@@ -150,7 +120,7 @@ class Peers:
             while True:
                 self._start_keepers()
                 self._start_seekers()
-                self._note_states()
+                self._members.tick()
                 await asyncio.sleep(self._config.heartbeat_s)
         finally:
             tasks = [*self._keepers.values(), *self._seekers.values()]
@@ -185,37 +155,8 @@ class Peers:
         for node, member in self._records.catalogue.members().items():
             if node != self._node_id and member.address:
                 known.append(member.address)
-                self._peer(node, member.address)
         wanted = dict.fromkeys(a for a in known if a not in self._own_addresses)
         return list(wanted)[: 2 * limits.CLUSTER_NODES_MAX]
-
-    def _peer(self, node: str, address: str) -> Peer:
-        peer = self._peers.get(node)
-        if peer is None:
-            peer = self._peers[node] = Peer(node, address)
-        elif address and peer.state != "up":
-            peer.address = address
-        return peer
-
-    def _heard(self, peer: Peer, hello: messages.Hello, identity: Identity) -> None:
-        peer.heard_s = time.monotonic()
-        peer.bulk_port = hello.bulk_port
-        peer.roles = tuple(sorted(identity.roles.intersection(hello.roles)))
-        peer.zone = hello.zone
-        peer.boot_id = hello.boot_id
-        self._note_state(peer)
-
-    def _note_states(self) -> None:
-        for peer in self._peers.values():
-            self._note_state(peer)
-
-    def _note_state(self, peer: Peer) -> None:
-        silent_s = None if peer.heard_s is None else time.monotonic() - peer.heard_s
-        state = peer_state(silent_s, suspect_s=self._config.suspect_s, down_s=self._config.down_s)
-        if state != peer.state:
-            _log.info("peer_state", node=peer.node, state=state, before=peer.state)
-            peer.state = state
-        self._metrics.node_up(peer.node, state == "up")
 
     async def _keep(self, address: str) -> None:
         """Holds one connection to whatever node listens at `address`."""
@@ -229,6 +170,7 @@ class Peers:
                     context=self._context,
                     cluster=self._cluster,
                     hello=self._hello(),
+                    forgotten=self._members.forgotten,
                 )
             except CkptdError as error:
                 _log.debug("peer_unreachable", address=address, reason=error.message)
@@ -307,6 +249,7 @@ class Peers:
                         cluster=self._cluster,
                         hello=self._hello(),
                         expected_node_id=node,
+                        forgotten=self._members.forgotten,
                     )
             except (CkptdError, TimeoutError) as error:
                 reason = error.message if isinstance(error, CkptdError) else "no answer"
@@ -337,23 +280,25 @@ class Peers:
 
     async def _converse(self, link: _Link, address: str) -> None:
         client = link.client
-        peer = self._peer(client.node_id, address)
-        peer.address = address
-        self._heard(peer, client.hello, client.identity)
+        node = client.node_id
+        self._members.at(node, address).address = address
+        self._members.heard(client.identity, client.hello)
         while True:
+            refuse_forgotten(client.identity, self._members.forgotten)
             status, _ = await client.request(
                 messages.Ping(), messages.NodeStatus, timeout_s=self._config.down_s
             )
             link.answered_s = time.monotonic()
-            self._heard(peer, client.hello, client.identity)
-            self._metrics.clock_skew(peer.node, status.clock_ms / 1000 - time.time())
+            self._members.heard(client.identity, client.hello)
+            self._members.answered(node, status)
+            self._metrics.clock_skew(node, status.clock_ms / 1000 - time.time())
             if Role.WORKER in client.identity.roles:
                 try:
                     await self._sync(client, status.documents_digest)
                 except PeerError:
                     raise
                 except CkptdError as error:  # this node's own disk: the peer is as well as before
-                    _log.warning("sync_failed", node=peer.node, reason=error.message)
+                    _log.warning("sync_failed", node=node, reason=error.message)
             await asyncio.sleep(self._config.heartbeat_s)
 
     async def _sync(self, client: ControlClient, digest: bytes) -> None:

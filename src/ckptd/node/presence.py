@@ -23,7 +23,8 @@ from ckptd.core.signing import Signer
 from ckptd.discovery.interfaces import choose, read_interfaces
 from ckptd.errors import CkptdError, ConfigError, DocumentRefused
 from ckptd.net.acceptor import listen
-from ckptd.node.peers import OnDisk
+from ckptd.net.tls import check_peer
+from ckptd.node.ports import OnDisk
 from ckptd.node.records import Records
 from ckptd.store.marker import StoreDirectory, init_store, open_store
 
@@ -91,9 +92,19 @@ def open_directory(config: Config) -> StoreDirectory:
 
 
 def member_document(
-    catalogue: Catalogue, node: NodeConfig, *, cluster: str, address: str, bulk_port: int
+    catalogue: Catalogue,
+    node: NodeConfig,
+    *,
+    cluster: str,
+    address: str,
+    bulk_port: int,
+    serial: str,
 ) -> documents.Member | None:
-    """What the node has to say of itself; None when its newest document in `catalogue` says it."""
+    """What the node has to say of itself; None when its newest document in `catalogue` says it,
+    signed with the certificate that it has now: `ckptd forget` finds the serial numbers there. A
+    node whose certificate was forgotten has nothing to say."""
+    if catalogue.roster.refuses(serial):
+        return None
     known = catalogue.members().get(node.id)
     # A member's order counts among the documents of this node alone, so it is set above them: a
     # machine that boots with an old clock must still be believed.
@@ -113,14 +124,19 @@ def member_document(
         bulk_port=bulk_port,
         zone=node.zone,
     )
-    if known is not None and (known.address, known.bulk_port, known.roles, known.zone) == (
-        member.address,
-        member.bulk_port,
-        member.roles,
-        member.zone,
-    ):
+    signed = catalogue.roster.newest_serial(node.id) == serial
+    if known is not None and signed and _same_place(known, member):
         return None
     return member
+
+
+def _same_place(one: documents.Member, other: documents.Member) -> bool:
+    return (one.address, one.bulk_port, one.roles, one.zone) == (
+        other.address,
+        other.bulk_port,
+        other.roles,
+        other.zone,
+    )
 
 
 class Presence:
@@ -133,6 +149,7 @@ class Presence:
         self._node: NodeConfig = config.node
         self._records = records
         self._signer = signer
+        self._serial = check_peer(signer.certificate_der, cluster=config.cluster).serial
         self.address = ""
         """Where others reach this node; "" before it listens."""
         self.bulk_port = 0
@@ -178,6 +195,7 @@ class Presence:
             cluster=self._config.cluster,
             address=self.address,
             bulk_port=self.bulk_port,
+            serial=self._serial,
         )
         if member is None:
             return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 import structlog
 
@@ -16,6 +17,7 @@ from ckptd.core import limits
 from ckptd.core.names import check_node_id
 from ckptd.errors import (
     CkptdError,
+    Draining,
     NameRefused,
     PeerBusy,
     PeerError,
@@ -239,7 +241,9 @@ class Reception:
         store: ShardStore,
         connector: BulkConnector,
         traffic: Traffic,
+        draining: Callable[[], bool],
     ) -> None:
+        self._draining = draining
         self._channel = channel
         self._request = request
         self._hop = hop
@@ -261,6 +265,8 @@ class Reception:
             self._pass_on_present()
             return
         try:
+            if self._draining():
+                raise Draining(f"{self._node_id} is draining: it takes no new copies")
             incoming = self._store.begin(request.shard, request.size)
         except CkptdError as error:
             self._fail(error)

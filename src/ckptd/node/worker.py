@@ -58,8 +58,11 @@ class Worker:
         connector: BulkConnector,
         hello: Callable[[], messages.Hello],
         suspect: Callable[[bytes], Awaitable[object]],
+        forgotten: Callable[[str], bool],
+        draining: Callable[[], bool],
     ) -> None:
-        """Makes the bulk service. `suspect` re-reads a copy that somebody found bad."""
+        """Makes the bulk service. `suspect` re-reads a copy that somebody found bad; the rest is
+        described at `BulkService`."""
         loop = asyncio.get_running_loop()
         self._connector = connector
         self.bulk = BulkService(
@@ -70,18 +73,22 @@ class Worker:
             hello=hello,
             traffic=self.traffic,
             on_suspicion=lambda shard: _soon(loop, suspect(shard)),
+            forgotten=forgotten,
+            draining=draining,
         )
 
     bulk: BulkService
     _connector: BulkConnector
 
-    def handshake(self, context: ssl.SSLContext, cluster: str) -> Handshake:
+    def handshake(
+        self, context: ssl.SSLContext, cluster: str, forgotten: Callable[[str], bool]
+    ) -> Handshake:
         """For the Acceptor of the bulk port."""
 
         async def secure(sock: socket.socket) -> Callable[[], None]:
             secured = await server_handshake(sock, context)
             try:
-                identity: Identity = check_peer(secured.tls, cluster=cluster)
+                identity: Identity = check_peer(secured.tls, cluster=cluster, forgotten=forgotten)
             except CkptdError as error:
                 secured.close()
                 raise ConnectionRefusedError(error.message) from error

@@ -26,7 +26,7 @@ from ckptd.core import limits
 from ckptd.core.identity import Identity
 from ckptd.core.quantities import Address
 from ckptd.errors import ConfigError, NotAuthorized
-from ckptd.net.tls import check_peer, server_context
+from ckptd.net.tls import check_peer, none_forgotten, server_context
 from ckptd.observe.http_connection import HttpConnection, HttpLimits
 from ckptd.observe.pages import Health, Pages, Target
 
@@ -45,10 +45,6 @@ def tls_context(ca: Path, cert: Path, key: Path) -> ssl.SSLContext:
     context = server_context(ca, cert, key)
     context.verify_mode = ssl.CERT_OPTIONAL
     return context
-
-
-def _none_forgotten(_serial: str) -> bool:
-    return False
 
 
 def least_entitled(holders: Sequence[tuple[str, bool]]) -> int:
@@ -90,7 +86,7 @@ class HttpServer:
         metrics: Callable[[], bytes],
         health: Callable[[], Health],
         targets: Callable[[], Sequence[Target]],
-        forgotten: Callable[[str], bool] = _none_forgotten,
+        forgotten: Callable[[str], bool] = none_forgotten,
         bounds: HttpLimits | None = None,
     ) -> None:
         if context is None and not loopback:

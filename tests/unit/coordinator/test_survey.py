@@ -1,24 +1,10 @@
-"""Who tells about the whole cluster, and how far the newest checkpoint is ahead."""
+"""How far the newest checkpoint is ahead."""
 
 from __future__ import annotations
 
-from ckptd.coordinator.survey import steward, unprotected_steps
+from ckptd.coordinator.survey import unprotected_steps
 from ckptd.core.catalogue import Catalogue
 from ckptd.core.headers import VersionHeader
-from ckptd.wire.messages import PeerView
-
-
-def peer(node: str, state: str = "up", *roles: str) -> PeerView:
-    return PeerView(node, "10.0.0.9:7701", 0, state, 1.0, roles)
-
-
-def test_the_steward_is_the_live_coordinator_with_the_smallest_id() -> None:
-    assert steward("b", []) == "b"
-    assert steward("b", [peer("a", "up", "coordinator")]) == "a"
-    assert steward("b", [peer("c", "up", "coordinator")]) == "b"
-    assert steward("b", [peer("a", "suspect", "coordinator")]) == "b"
-    assert steward("b", [peer("a", "up", "worker")]) == "b"
-    assert steward("b", [peer("a", "up", "worker", "coordinator")]) == "a"
 
 
 def catalogue(*versions: tuple[str, int | None]) -> Catalogue:
