@@ -49,15 +49,14 @@ def _status(found: ClusterStatus) -> str:
     waiting = ("pending", "storing")
     total = sum(n for state, n in found.checkpoints.items() if state not in waiting)
     states = ", ".join(f"{number} {state}" for state, number in found.checkpoints.items() if number)
-    up = sum(row.state == "up" for row in found.nodes)
+    nodes = [row for row in found.nodes if row.state != "forgotten"]
+    up = sum(row.state == "up" for row in nodes)
     room = found.room
     fit = "" if room.checkpoints_fit is None else f", {room.checkpoints_fit} more like the newest"
     lines = [
         f"{found.state}: {count(total, 'version')}{f' ({states})' if states else ''}",
-        f"nodes: {up} of {len(found.nodes)} up"
-        + "".join(
-            f"; {row.id or row.address} {row.state}" for row in found.nodes if row.state != "up"
-        ),
+        f"nodes: {up} of {len(nodes)} up"
+        + "".join(f"; {row.id or row.address} {row.state}" for row in nodes if row.state != "up"),
         f"shards: {found.shards.total}, {found.shards.under_replicated} with too few copies, "
         f"{found.shards.unrecoverable} lost; {found.shards.corrupt} bad copies in quarantine",
         f"room: {size(room.bytes_storable)} of checkpoints with all copies{fit}",
@@ -139,7 +138,7 @@ def what_if_command(nodes: tuple[str, ...]) -> None:
 
     if nodes:
         found = on_cluster(lambda cluster: forecast(cluster, nodes))
-        session().emit(to_builtins(found), lambda: _forecast(found))
+        session().emit(to_builtins(found), lambda: forecast_text(found))
         return
     forecasts = on_cluster(forecast_all)
     if not forecasts:
@@ -154,7 +153,8 @@ def what_if_command(nodes: tuple[str, ...]) -> None:
     session().emit(result, lambda: _forecasts(forecasts))
 
 
-def _forecast(found: Forecast) -> str:
+def forecast_text(found: Forecast) -> str:
+    """What the death of nodes would cost, in words."""
     verdict = "nothing would be lost" if found.survives else "checkpoints would be lost"
     lines = [f"If {' and '.join(found.nodes)} died now, {verdict}."]
     for title, references in (("lost", found.lost), ("degraded", found.degraded)):

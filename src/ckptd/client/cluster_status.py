@@ -307,7 +307,7 @@ def _note_standing(
 async def forecast(cluster: Cluster, nodes: Sequence[str]) -> Forecast:
     """What the death of `nodes` together would cost. Raises NotFound for an unknown node."""
     check_known(cluster, nodes)
-    return _forecast(await survey(cluster), nodes)
+    return forecast_from(await survey(cluster), nodes)
 
 
 async def forecast_all(cluster: Cluster) -> list[Forecast]:
@@ -315,10 +315,11 @@ async def forecast_all(cluster: Cluster) -> list[Forecast]:
     found = await survey(cluster)
     workers = [node.id for node in cluster.workers]
     groups = [*itertools.combinations(workers, 1), *itertools.combinations(workers, 2)]
-    return [_forecast(found, group) for group in groups]
+    return [forecast_from(found, group) for group in groups]
 
 
-def _forecast(found: Survey, nodes: Sequence[str]) -> Forecast:
+def forecast_from(found: Survey, nodes: Sequence[str]) -> Forecast:
+    """As `forecast`, from what is known already."""
     holdings = {version_id: v.holdings for version_id, v in found.versions.items()}
     outlook = what_if(holdings, found.machines, nodes)
 

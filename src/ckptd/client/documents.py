@@ -7,12 +7,15 @@ documents is read from their signed bytes first.
 from __future__ import annotations
 
 import contextlib
+import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Final, get_args
 
 from ckptd.client.cluster import Admitted, Cluster, Node
-from ckptd.core import limits
+from ckptd.core import documents, limits
 from ckptd.core.catalogue import Catalogue, VersionHeader
-from ckptd.core.documents import Manifest, UnknownDocument
+from ckptd.core.documents import Document, Manifest, MemberMark, UnknownDocument
 from ckptd.errors import (
     CkptdError,
     DocumentRefused,
@@ -34,6 +37,24 @@ async def next_order(cluster: Cluster, catalogue: Catalogue, now_ms: int) -> int
     while claims := catalogue.unverified_above(max(now_ms, catalogue.highest_order)):
         await confirm(cluster, catalogue, claims[: limits.CLAIMS_CHECKED_AT_ONCE])
     return max(now_ms, 1 + catalogue.highest_order)
+
+
+async def stamp(cluster: Cluster, catalogue: Catalogue) -> tuple[int, str, str]:
+    """Order, creation time and nonce of a new document."""
+    now = datetime.now(UTC)
+    order = await next_order(cluster, catalogue, int(now.timestamp() * 1000))
+    return order, now.strftime("%Y-%m-%dT%H:%M:%SZ"), secrets.token_hex(16)
+
+
+async def write(cluster: Cluster, catalogue: Catalogue, document: Document) -> None:
+    """Publishes a document and adds it to `catalogue`. Raises as `publish`, and NotEnoughNodes or
+    Refused when no node keeps it."""
+    raw = documents.encode(document)
+    results = await publish(cluster, raw)
+    document_id = documents.document_id(raw)
+    if not stored_on(results):
+        raise refusals(results, document_id)
+    catalogue.add(document_id, document, author=cluster.identity)
 
 
 async def confirm(
@@ -89,7 +110,12 @@ async def publish(cluster: Cluster, raw: bytes) -> dict[str, messages.PutDocumen
     try:
         wanted, document, _ = cluster.admit(signed)
     except DocumentRefused as error:
-        raise NotAuthorized(error.message, next=_OTHER_CERTIFICATE) from error
+        kind = type(documents.decode(raw, cluster=cluster.cluster))
+        role = "admin" if kind in _OF_ADMINS else "client"
+        raise NotAuthorized(
+            error.message,
+            next=f"ckptd pki issue {role} ID   (and name it under tls in the config)",
+        ) from error
     assert not isinstance(document, UnknownDocument), "only documents of this version are written"
     payload = messages.encode_documents((signed,))
 
@@ -121,4 +147,4 @@ def refusals(results: Mapping[str, messages.PutDocumentResult], document: str) -
 
 
 _DOCTOR = "ckptd doctor"
-_OTHER_CERTIFICATE = "ckptd pki issue client ID   (and name it under tls in the config)"
+_OF_ADMINS: Final = get_args(MemberMark)

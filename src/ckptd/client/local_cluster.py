@@ -42,6 +42,8 @@ LOCAL_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "membership": {"heartbeat": "500ms", "suspect": "2s", "down": "5s"},
 }
 COORDINATOR: Final = "coordinator"
+OWNER: Final = "owner"
+"""Whose certificate the client's config names: it may do what a client and an admin may."""
 NODES_MAX: Final = 16
 _PORTS: Final = range(20_000, 32_000)
 _PORT_TRIES_MAX: Final = 1000
@@ -195,6 +197,8 @@ class LocalCluster:
             code = pki.init_cluster(pki_directory, self.cluster)
             # An embedded cluster protects nothing from its own user: the code may lie beside it.
             (self.directory / "recovery-code").write_text(code + "\n", encoding="ascii")
+        if not (pki_directory / f"{OWNER}.pem").exists():
+            pki.issue(pki_directory, [Role.CLIENT, Role.ADMIN], OWNER)
         self.watch_root.mkdir(exist_ok=True)
         ids = [f"node{number}" for number in range(1, count + 1)]
         addresses = self._addresses([*ids, COORDINATOR] if coordinator else ids)
@@ -205,7 +209,7 @@ class LocalCluster:
             self._write_node(node_id, role, addresses, overrides)
         client = {
             "cluster": self.cluster,
-            "tls": _tls(pki_directory, "client"),
+            "tls": _tls(pki_directory, OWNER),
             "discovery": {
                 "mdns": False,
                 "peers": [address["listen"] for address in addresses.values()],

@@ -6,20 +6,18 @@ node tells: a worker that lies about names must not make somebody remove another
 
 from __future__ import annotations
 
-import secrets
 import socket
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 
 from msgspec import Struct, structs
 
 from ckptd.client.cluster import Cluster, Inventoried
-from ckptd.client.documents import confirm, next_order, publish, refusals, stored_on
+from ckptd.client.documents import confirm, publish, refusals, stamp, stored_on, write
 from ckptd.client.selection import select_version
-from ckptd.client.survey import holdings_of, judge, machines_of, silent_workers, timestamp
+from ckptd.client.survey import holdings_of, judge, machines_of, silent_workers
 from ckptd.core import documents, limits
 from ckptd.core.catalogue import Catalogue, VersionHeader
-from ckptd.core.documents import Document, Manifest, Pin, Tombstone, Unpin
+from ckptd.core.documents import Manifest, Pin, Tombstone, Unpin
 from ckptd.core.headers import removed_contents, version_header
 from ckptd.core.names import Selector, parse_selector
 from ckptd.errors import NoGoodCopy, NotEnoughNodes, NotFound, Refused
@@ -84,7 +82,7 @@ async def remove(cluster: Cluster, catalogue: Catalogue, versions: Sequence[Vers
     when this certificate may not remove."""
     for start in range(0, len(versions), limits.TOMBSTONE_VERSIONS_MAX):
         batch = versions[start : start + limits.TOMBSTONE_VERSIONS_MAX]
-        order, created, nonce = await _stamp(cluster, catalogue)
+        order, created, nonce = await stamp(cluster, catalogue)
         tombstone = Tombstone(
             format=1,
             cluster=cluster.cluster,
@@ -95,7 +93,7 @@ async def remove(cluster: Cluster, catalogue: Catalogue, versions: Sequence[Vers
             versions=tuple(version.id for version in batch),
             contents=removed_contents(batch),
         )
-        await _publish(cluster, catalogue, tombstone)
+        await write(cluster, catalogue, tombstone)
 
 
 # -- undelete
@@ -120,7 +118,7 @@ async def undelete(cluster: Cluster, selector: str) -> Undeleted:
     if manifest.name != removed.name:
         raise NotFound(f"version {removed.id} is not one of {removed.name}", next="ckptd status")
     await _require_shards(cluster, manifest, removed.label)
-    order, created, nonce = await _stamp(cluster, catalogue)
+    order, created, nonce = await stamp(cluster, catalogue)
     renewed = structs.replace(
         manifest, order=order, created=created, nonce=nonce, host=socket.gethostname()[:255]
     )
@@ -188,7 +186,7 @@ async def pin(cluster: Cluster, selector: str) -> Marked:
         )
     if catalogue.pins(chosen.id):
         return Marked(chosen.name, (chosen.id,), pinned=True, changed=False)
-    order, created, nonce = await _stamp(cluster, catalogue)
+    order, created, nonce = await stamp(cluster, catalogue)
     mark = Pin(
         format=1,
         cluster=cluster.cluster,
@@ -197,7 +195,7 @@ async def pin(cluster: Cluster, selector: str) -> Marked:
         nonce=nonce,
         version=chosen.id,
     )
-    await _publish(cluster, catalogue, mark)
+    await write(cluster, catalogue, mark)
     return Marked(chosen.name, (chosen.id,), pinned=True, changed=True)
 
 
@@ -212,7 +210,7 @@ async def unpin(cluster: Cluster, selector: str) -> Marked:
     pinned = tuple(version_id for version_id, found in pins.items() if found)
     if not pinned:
         return Marked(newest.name, (), pinned=False, changed=False)
-    order, created, nonce = await _stamp(cluster, catalogue)
+    order, created, nonce = await stamp(cluster, catalogue)
     mark = Unpin(
         format=1,
         cluster=cluster.cluster,
@@ -221,29 +219,11 @@ async def unpin(cluster: Cluster, selector: str) -> Marked:
         nonce=nonce,
         pins=tuple(sorted(pin for found in pins.values() for pin in found)),
     )
-    await _publish(cluster, catalogue, mark)
+    await write(cluster, catalogue, mark)
     return Marked(newest.name, pinned, pinned=False, changed=True)
 
 
 # -- all of them
-
-
-async def _stamp(cluster: Cluster, catalogue: Catalogue) -> tuple[int, str, str]:
-    """Order, creation time and nonce of a new document."""
-    now = datetime.now(UTC).timestamp()
-    created = timestamp(now)
-    assert created is not None
-    order = await next_order(cluster, catalogue, int(now * 1000))
-    return order, created, secrets.token_hex(16)
-
-
-async def _publish(cluster: Cluster, catalogue: Catalogue, document: Document) -> None:
-    raw = documents.encode(document)
-    results = await publish(cluster, raw)
-    document_id = documents.document_id(raw)
-    if not stored_on(results):
-        raise refusals(results, document_id)
-    catalogue.add(document_id, document, author=cluster.identity)
 
 
 def pinned_among(catalogue: Catalogue, versions: Iterable[VersionHeader]) -> list[VersionHeader]:

@@ -297,6 +297,7 @@ class Search:
             if node_id not in self._nodes:
                 self._absent[node_id] = node
         known = {absent.address for absent in self._absent.values()}
+        known.update(view.address for view in self.forgotten)
         for address, reason in self._failures.items():
             if address not in known and not self._answers_elsewhere(address):
                 self._absent[address] = AbsentNode("", address, reason)

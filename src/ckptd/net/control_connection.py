@@ -119,7 +119,7 @@ class ControlProtocol(asyncio.Protocol):
         if self._transport is None:
             return
         if self.connection is not None:
-            refusal_ = messages.Error(error.kind, error.message[:8000])
+            refusal_ = messages.Error(error.kind, error.message[:8000], next=error.next[:8000])
             self._transport.writelines(self.connection.send_refusal(refusal_))
         self._transport.close()
         # Closing TLS waits for the peer, which may have no wish to see the end.

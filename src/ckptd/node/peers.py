@@ -24,7 +24,7 @@ from ckptd.core import limits
 from ckptd.core.identity import Identity, Role
 from ckptd.core.quantities import Address, parse_address
 from ckptd.discovery.hints import Hints
-from ckptd.errors import CkptdError, DocumentRefused, PeerError
+from ckptd.errors import CkptdError, DocumentRefused, PeerError, PeerRefused
 from ckptd.net.control import ControlClient, connect_control
 from ckptd.net.tls import refuse_forgotten
 from ckptd.node.members import Members
@@ -162,6 +162,7 @@ class Peers:
         """Holds one connection to whatever node listens at `address`."""
         wait_s = self._config.heartbeat_s
         where = parse_address(address)
+        told = ""
         while True:
             try:
                 client = await connect_control(
@@ -173,6 +174,9 @@ class Peers:
                     forgotten=self._members.forgotten,
                 )
             except CkptdError as error:
+                if isinstance(error, PeerRefused) and error.message != told:
+                    told = error.message
+                    _log.warning("peer_refuses", address=address, reason=told, next=error.next)
                 _log.debug("peer_unreachable", address=address, reason=error.message)
                 await asyncio.sleep(wait_s * self._jitter.uniform(0.5, 1.0))
                 wait_s = min(wait_s * 2, limits.RECONNECT_MAX_S)

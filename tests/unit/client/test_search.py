@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any, cast
+from unittest.mock import ANY
+
+from msgspec import structs
 
 from ckptd.client.nodes import AbsentNode, Node
 from ckptd.client.search import Search
@@ -117,3 +120,58 @@ def test_a_second_look_finds_who_is_back() -> None:
 
     asyncio.run(twice())
     assert (set(nodes), absent) == ({"pi1", "pi2"}, {})
+
+
+def forgotten(network: Network, *tellers: str) -> None:
+    """From now on these nodes say that pi9 was forgotten; the others go on as before."""
+    reach = network.reach
+
+    async def telling(address: Address, expected: str) -> Node:
+        node = await reach(address, expected)
+        if node.id in tellers:
+            status: Any = node.status
+            status.peers = tuple(
+                structs.replace(view, state="forgotten", last_seen_s=-1.0)
+                if view.node == "pi9"
+                else view
+                for view in status.peers
+            )
+        return node
+
+    network.reach = telling  # type: ignore[method-assign]
+
+
+def test_a_node_that_was_forgotten_is_not_looked_for() -> None:
+    network = Network({"a:1": "pi1", "b:1": "pi2"}, {"pi2": ("b:1", 0.1), "pi9": ("gone:1", 5.0)})
+    forgotten(network, "pi1", "pi2")
+    nodes, absent, outcome = search(network, "a:1")
+    assert (set(nodes), absent, outcome) == ({"pi1", "pi2"}, {}, "")
+    assert "gone:1" not in network.asked
+
+
+def test_a_forgotten_node_at_a_configured_address_is_none_of_the_cluster() -> None:
+    network = Network(
+        {"a:1": "pi1", "gone:1": "pi9"}, {"pi1": ("a:1", 0.1), "pi9": ("gone:1", 1.0)}
+    )
+    forgotten(network, "pi1")
+    nodes, absent, _ = search(network, "a:1", "gone:1")
+    assert (set(nodes), absent) == ({"pi1"}, {})
+    dead = Network({"a:1": "pi1"}, {"pi9": ("gone:1", 1.0)})
+    forgotten(dead, "pi1")
+    assert search(dead, "a:1", "gone:1")[:2] == ({"pi1": ANY}, {})
+
+
+def test_one_node_that_says_so_makes_no_other_disappear() -> None:
+    views = {"pi2": ("b:1", 0.1), "pi9": ("gone:1", 500.0)}
+    for liar in ("pi1", "pi2"):
+        network = Network({"a:1": "pi1", "b:1": "pi2"}, views)
+        forgotten(network, liar)
+        _, absent, _ = search(network, "a:1")
+        assert set(absent) == {"pi9"}
+
+
+def test_maintenance_is_told_of_a_node_that_does_not_answer() -> None:
+    network = Network({"a:1": "pi1"}, {"pi9": ("gone:1", 500.0), "pi8": ("gone:2", 500.0)})
+    network.views[0] = structs.replace(network.views[0], state="maintenance")
+    _, absent, _ = search(network, "a:1")
+    assert (absent["pi9"].in_maintenance, absent["pi8"].in_maintenance) == (True, False)
