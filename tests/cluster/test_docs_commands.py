@@ -35,6 +35,7 @@ NOT_RUN = {
         "ckptd pki issue coordinator desk --dir ~/new-pki --out desk",
         "ckptd serve --config desk.yml",
         "scp -r pi1 pi1.local:",
+        "ckptd pki issue worker node2 --out node2-new",
         "ssh pi1.local",
         "scp pi1.local:/srv/ckptd/recovery.bundle .",
         "curl --insecure https://127.0.0.1:9701/healthz",

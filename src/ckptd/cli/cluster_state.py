@@ -105,7 +105,7 @@ def _nodes(rows: tuple[NodeRow, ...]) -> str:
                 *_sizes(row),
                 f"{size(row.write_bytes_per_s)}/s" if row.write_bytes_per_s else "-",
                 row.version or "-",
-                "now" if row.last_seen_s == 0 else f"{duration(row.last_seen_s)} ago",
+                _seen(row),
             )
             for row in rows
         ],
@@ -115,6 +115,14 @@ def _nodes(rows: tuple[NodeRow, ...]) -> str:
     if reasons:
         reasons.append("Find out more: ckptd doctor")
     return "\n".join([text, *reasons])
+
+
+def _seen(row: NodeRow) -> str:
+    if row.state == "forgotten":
+        return "-"
+    if row.last_seen_s is None:
+        return "never"
+    return "now" if row.last_seen_s == 0 else f"{duration(row.last_seen_s)} ago"
 
 
 def _sizes(row: NodeRow) -> tuple[str, str, str]:
