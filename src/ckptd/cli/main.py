@@ -27,6 +27,7 @@ COMMANDS: Final = {
     "verify": ("ckptd.cli.verify:verify_command", "read and hash every copy"),
     "status": ("ckptd.cli.cluster_state:status_command", "is everything protected"),
     "nodes": ("ckptd.cli.cluster_state:nodes_command", "one row per node"),
+    "jobs": ("ckptd.cli.jobs:jobs_command", "background work"),
     "what-if": ("ckptd.cli.cluster_state:what_if_command", "what the death of nodes would cost"),
     "drain": ("ckptd.cli.node_marks:drain_command", "move all copies off a node"),
     "undrain": ("ckptd.cli.node_marks:undrain_command", "let a node take copies again"),

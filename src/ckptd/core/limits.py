@@ -138,6 +138,13 @@ STORE_IGNORED_NAMES_MAX: Final = 100  # files that are not ours: kept for the re
 VERIFY_PAUSE_S: Final = 2.0  # between two bad reads, so that one dip of the supply is not two
 MEDIUM_CHECK_INTERVAL_S: Final = 30.0
 
+# Background jobs
+JOB_RETRY_MIN_S: Final = 1.0  # after a slice that failed; doubled with each further one
+JOB_RETRY_MAX_S: Final = 300.0
+JOB_ERROR_TEXT_MAX: Final = 500  # characters of what went wrong, as others are told
+JOBS_PER_NODE_MAX: Final = 16
+STATE_FILE_MAX_BYTES: Final = 4 * KIB  # of one that names a few things
+
 # HTTP: metrics, health and service discovery. A request is a line and a few headers, no body.
 HTTP_CONNECTIONS_MAX: Final = 64
 HTTP_BACKLOG_MAX: Final = 128

@@ -38,6 +38,7 @@ class Action(StrEnum):
     PUT_DOCUMENTS = "put_documents"
     SYNC = "sync"
     WATCHED = "watched"
+    SET_JOB = "set_job"
     SCRAPE = "scrape"
 
 
@@ -71,13 +72,14 @@ _CATALOGUE: Final = frozenset(
 _REPLICATE: Final = frozenset({Action.HAVE, Action.PUT_SHARD})
 _CHECK: Final = frozenset({Action.HAVE, Action.VERIFY, Action.REPORT_CORRUPT})
 _READ_AND_WRITE: Final = _REPLICATE | _CHECK | {Action.GET_SHARD, Action.PUSH_SHARD}
+_OPERATE: Final = frozenset({Action.WATCHED, Action.SET_JOB, Action.SCRAPE})
 
 PERMITTED_ACTIONS: Final = MappingProxyType(
     {
         Role.WORKER: _CATALOGUE | _REPLICATE,
         Role.COORDINATOR: _CATALOGUE | _READ_AND_WRITE | {Action.WATCHED},
-        Role.CLIENT: _CATALOGUE | _READ_AND_WRITE | {Action.WATCHED, Action.SCRAPE},
-        Role.ADMIN: _CATALOGUE | _CHECK | {Action.WATCHED, Action.SCRAPE},
+        Role.CLIENT: _CATALOGUE | _READ_AND_WRITE | _OPERATE,
+        Role.ADMIN: _CATALOGUE | _CHECK | _OPERATE,
         Role.MONITOR: frozenset({Action.SCRAPE}),
     }
 )

@@ -19,6 +19,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import Metric
 
 from ckptd import errors
+from ckptd.core.job_names import JOB_NAMES
 from ckptd.core.limits import CLUSTER_NODES_MAX
 
 PREFIX: Final = "ckptd_"
@@ -122,6 +123,9 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "ckptd_shards_corrupt_total", "counter", (), "Copies found with bytes that are not theirs."
     ),
     Definition(
+        "ckptd_job_failures_total", "counter", ("job",), "Slices of background jobs that failed."
+    ),
+    Definition(
         "ckptd_bytes_written_total", "counter", (), "Bytes written to the store's medium (wear)."
     ),
     Definition(
@@ -207,6 +211,7 @@ class Metrics:
         self._retries = self._counter("retries_total", RETRY_KINDS)
         self._store_failures = self._counter("store_failures_total", STORE_FAILURE_KINDS)
         self._corrupt = self._counter("shards_corrupt_total")
+        self._job_failures = self._counter("job_failures_total", JOB_NAMES)
         self._written = self._counter("bytes_written_total")
         self._protected: Histogram | None = None
         self._states: Gauge | None = None
@@ -267,6 +272,10 @@ class Metrics:
     def shard_corrupt(self) -> None:
         """A copy in this node's store does not have its hash."""
         self._corrupt.inc()
+
+    def job_failure(self, job: str) -> None:
+        """A slice of the background job `job` (one of JOB_NAMES) failed."""
+        self._job_failures.labels(job).inc()
 
     def written(self, size_bytes: int) -> None:
         """`size_bytes` were written to the store's medium, whatever became of them."""

@@ -14,6 +14,7 @@ MARKER: Final = "ckptd-store.json"
 MARKER_NEW: Final = "ckptd-store.json.new"  # what a cut-off `ckptd serve --init` leaves behind
 LOCK: Final = "ckptd-store.lock"
 RECOVERY_BUNDLE: Final = "recovery.bundle"
+PAUSED_JOBS: Final = "jobs.json"
 SHARDS: Final = "shards"
 CATALOGUE: Final = "catalogue"
 QUARANTINE: Final = "quarantine"

@@ -96,6 +96,18 @@ class PeerView(Message, frozen=True):
     zone: Text = ""
 
 
+class JobView(Message, frozen=True):
+    """A background job of a node. `state`: running, waiting, paused or failed (it is tried again).
+    `done_bytes` of `total_bytes` of what it knows to be left; `last_error` is empty when all is
+    well."""
+
+    name: Text
+    state: Text
+    done_bytes: Size = 0
+    total_bytes: Size = 0
+    last_error: Text = ""
+
+
 class NodeStatus(Message, frozen=True):
     """A node about itself; sizes in bytes, speed in bytes per second (0: not measured yet).
 
@@ -121,6 +133,7 @@ class NodeStatus(Message, frozen=True):
     uptime_s: Seconds
     failed_reason: LongText = ""
     peers: Annotated[tuple[PeerView, ...], Meta(max_length=limits.CLUSTER_NODES_MAX)] = ()
+    jobs: Annotated[tuple[JobView, ...], Meta(max_length=limits.JOBS_PER_NODE_MAX)] = ()
 
 
 class GetStatus(Message, frozen=True):
@@ -293,6 +306,13 @@ class Watched(Message, frozen=True):
     scanned: bool
 
 
+class SetJob(Message, frozen=True):
+    """Pause this background job, or let it go on; that survives a restart of the node."""
+
+    job: Text
+    paused: bool
+
+
 class Hop(Message, frozen=True):
     """A next node of a chain, where its bulk port is."""
 
@@ -388,6 +408,7 @@ TYPES: Final[dict[int, type[Message]]] = {
     21: ReportCorrupt,
     22: GetWatched,
     23: Watched,
+    30: SetJob,
     32: PutShard,
     33: Ready,
     34: Progress,

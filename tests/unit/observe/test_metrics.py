@@ -8,6 +8,7 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from ckptd import errors
+from ckptd.core.job_names import JOB_NAMES
 from ckptd.core.limits import CLUSTER_NODES_MAX
 from ckptd.observe import metrics as module
 from ckptd.observe.metrics import DEFINITIONS, Metrics
@@ -26,6 +27,7 @@ PUBLISHED = {
     "ckptd_retries_total": ("counter", {"kind"}),
     "ckptd_store_failures_total": ("counter", {"kind"}),
     "ckptd_shards_corrupt_total": ("counter", set()),
+    "ckptd_job_failures_total": ("counter", {"job"}),
     "ckptd_bytes_written_total": ("counter", set()),
     "ckptd_clock_skew_seconds": ("gauge", set()),
     "ckptd_certificate_expiry_timestamp_seconds": ("gauge", set()),
@@ -107,6 +109,9 @@ def test_counters_start_at_zero_with_every_kind(metrics: Metrics) -> None:
         assert exported == dict.fromkeys(kinds, 0.0)
         assert len(kinds) == len(set(kinds))
     assert value(metrics, "shards_corrupt_total") == 0
+    assert {name: value(metrics, "job_failures_total", job=name) for name in JOB_NAMES} == (
+        dict.fromkeys(JOB_NAMES, 0.0)
+    )
     assert value(metrics, "shard_transfer_seconds_count", direction="received") == 0
 
 
@@ -132,6 +137,7 @@ def test_errors_count_by_kind_and_strange_ones_as_other(metrics: Metrics) -> Non
     metrics.retry("?")
     metrics.store_failure("no_room")
     metrics.store_failure("?")
+    metrics.job_failure("gc")
     metrics.shard_corrupt()
     assert value(metrics, "transfer_errors_total", kind="peer_stalled") == 1
     assert value(metrics, "transfer_errors_total", kind="other") == 1
@@ -140,6 +146,7 @@ def test_errors_count_by_kind_and_strange_ones_as_other(metrics: Metrics) -> Non
     assert value(metrics, "store_failures_total", kind="no_room") == 1
     assert value(metrics, "store_failures_total", kind="other") == 1
     assert value(metrics, "shards_corrupt_total") == 1
+    assert value(metrics, "job_failures_total", job="gc") == 1
 
 
 def test_a_transfer_counts_bytes_time_and_speed(metrics: Metrics) -> None:
