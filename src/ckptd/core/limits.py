@@ -139,6 +139,10 @@ VERIFY_PAUSE_S: Final = 2.0  # between two bad reads, so that one dip of the sup
 MEDIUM_CHECK_INTERVAL_S: Final = 30.0
 
 # Background jobs
+SCRUB_SLICE_BYTES: Final = 32 * MIB  # read at a time, and one shard more
+SCRUB_SLICE_COPIES: Final = 64
+SCRUB_QUEUE_COPIES: Final = 256  # chosen at a time as those that were checked longest ago
+CHECK_RECORD_MAX_BYTES: Final = 16 * MIB  # 12 bytes a shard
 JOB_RETRY_MIN_S: Final = 1.0  # after a slice that failed; doubled with each further one
 JOB_RETRY_MAX_S: Final = 300.0
 JOB_ERROR_TEXT_MAX: Final = 500  # characters of what went wrong, as others are told

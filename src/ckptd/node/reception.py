@@ -30,8 +30,9 @@ from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender
 from ckptd.net.bulk_channel import patience_s
 from ckptd.node.recent_pieces import RecentPieces
 from ckptd.node.traffic import Traffic
+from ckptd.store.copy_reader import VerifyResult
 from ckptd.store.shard_io import IncomingShard, ShardReader
-from ckptd.store.shards import ShardStore, VerifyResult
+from ckptd.store.shards import ShardStore
 from ckptd.wire import messages
 from ckptd.wire.messages import CopyReport, Hop
 

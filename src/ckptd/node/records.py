@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 from collections import Counter
 
@@ -18,7 +19,6 @@ from ckptd.core.identity import Identity, Role
 from ckptd.core.signing import Signer
 from ckptd.errors import DocumentRefused, IntegrityError, NotFound, StoreOperationFailed
 from ckptd.store.documents import DocumentFiles
-from ckptd.store.index import NEVER
 from ckptd.store.shards import ShardStore
 
 _log = structlog.get_logger(__name__)
@@ -149,18 +149,18 @@ class Records:
         return bitmaps.pack(shards.has(digest, size) for digest, size in references)
 
     def inventory(
-        self, version_id: str, shards: ShardStore | None, now: float
+        self, version_id: str, shards: ShardStore | None, wall_s: float
     ) -> tuple[bytes | None, float]:
-        """As `bitmap`, and the age in seconds of the oldest check of one of these copies; -1 when
-        one was not hashed since this node's start, or none is here. `now` is by the same clock as
-        the store's."""
+        """As `bitmap`, and the age in seconds of the oldest check of one of these copies, those
+        before this node's start included; -1 when of one nobody knows any, or none is here.
+        `wall_s` is the wall clock's time."""
         references = self._references(version_id) if shards is not None else None
         if references is None or shards is None:
             return None, -1.0
-        checks = shards.checks(references)
-        oldest = min((at for at in checks if at is not None), default=NEVER)
-        age_s = -1.0 if oldest == NEVER else max(0.0, now - oldest)
-        return bitmaps.pack([at is not None for at in checks]), age_s
+        ages = shards.last_checks(references, wall_s)
+        oldest_s = max((age_s for age_s in ages if age_s is not None), default=math.inf)
+        bitmap = bitmaps.pack([age_s is not None for age_s in ages])
+        return bitmap, -1.0 if oldest_s == math.inf else oldest_s
 
     def _references(self, version_id: str) -> list[tuple[bytes, int]] | None:
         """Digest and size of each shard of a version; None when its manifest is not here."""

@@ -22,7 +22,8 @@ from ckptd.errors import CkptdError, NotAuthorized, Refused
 from ckptd.net.control_connection import Answer, Payload, Progress
 from ckptd.node.records import Records
 from ckptd.observe.metrics import Metrics
-from ckptd.store.shards import ShardStore, VerifyResult
+from ckptd.store.copy_reader import VerifyResult
+from ckptd.store.shards import ShardStore
 from ckptd.wire import messages
 from ckptd.wire.messages import Message
 
@@ -146,7 +147,7 @@ class Requests:
     async def _have(
         self, shards: ShardStore, request: messages.Have, _: Payload, __: Progress
     ) -> Answer:
-        now = time.time()
+        now = shards.now()
 
         def look() -> messages.HaveReply:
             held, ages = [], []
@@ -162,13 +163,13 @@ class Requests:
         return await self.on_disk(look), b""
 
     async def _inventory(self, request: messages.Inventory, _: Payload, __: Progress) -> Answer:
-        now = time.time()
+        wall_s = time.time()
 
         def look() -> messages.InventoryReply:
             answers: list[tuple[bytes | None, float]] = []
             size = 0
             for version in request.versions:
-                answer = self._records.inventory(version.hex(), self._shards, now)
+                answer = self._records.inventory(version.hex(), self._shards, wall_s)
                 size += len(answer[0] or b"")
                 if answers and size > limits.INVENTORY_PER_REPLY_BYTES:
                     break  # the asker asks again for the rest

@@ -123,6 +123,15 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "ckptd_shards_corrupt_total", "counter", (), "Copies found with bytes that are not theirs."
     ),
     Definition(
+        "ckptd_scrub_oldest_verified_timestamp_seconds",
+        "gauge",
+        (),
+        "When the copy was hashed whose last check is the oldest, in seconds since 1970.",
+    ),
+    Definition(
+        "ckptd_scrub_bytes_total", "counter", (), "Bytes of copies that the scrub has read."
+    ),
+    Definition(
         "ckptd_job_failures_total", "counter", ("job",), "Slices of background jobs that failed."
     ),
     Definition(
@@ -211,6 +220,7 @@ class Metrics:
         self._retries = self._counter("retries_total", RETRY_KINDS)
         self._store_failures = self._counter("store_failures_total", STORE_FAILURE_KINDS)
         self._corrupt = self._counter("shards_corrupt_total")
+        self._scrubbed = self._counter("scrub_bytes_total")
         self._job_failures = self._counter("job_failures_total", JOB_NAMES)
         self._written = self._counter("bytes_written_total")
         self._protected: Histogram | None = None
@@ -272,6 +282,16 @@ class Metrics:
     def shard_corrupt(self) -> None:
         """A copy in this node's store does not have its hash."""
         self._corrupt.inc()
+
+    def scrubbed(self, size_bytes: int) -> None:
+        """The scrub has read `size_bytes` of a copy."""
+        self._scrubbed.inc(size_bytes)
+
+    def scrub_oldest(self, timestamp_s: float | None) -> None:
+        """When the copy was hashed whose last check is the oldest (seconds since 1970); None while
+        of one copy nobody knows."""
+        with self._lock:
+            self._set("scrub_oldest_verified_timestamp_seconds", timestamp_s)
 
     def job_failure(self, job: str) -> None:
         """A slice of the background job `job` (one of JOB_NAMES) failed."""

@@ -46,6 +46,10 @@ class FileIdentity:
     inode: int
     size_bytes: int
 
+    def same_file(self, other: FileIdentity) -> bool:
+        """Whether both are one file, however long it is now."""
+        return (self.device, self.inode) == (other.device, other.inode)
+
 
 @dataclass(frozen=True, slots=True)
 class Volume:

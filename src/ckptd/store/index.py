@@ -1,4 +1,4 @@
-"""The index of a store's shards: packed arrays, 56 bytes a shard, whatever the store holds.
+"""The index of a store's shards: packed arrays, 64 bytes a shard, whatever the store holds.
 
 Digests are spread evenly over 256 buckets by their first byte, so that adding one moves a few
 kilobytes and not the whole index. Not thread-safe: `ShardStore` holds its lock around it.
@@ -6,24 +6,36 @@ kilobytes and not the whole index. Not thread-safe: `ShardStore` holds its lock 
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable, Iterator
-from typing import Final
+from typing import Final, NamedTuple
 
 _DIGEST_BYTES: Final = 32
 NEVER: Final = -1.0  # in `verified_at`: not hashed since this process has started
 
 
+class LastCheck(NamedTuple):
+    """A shard and the seconds since its bytes were last hashed, by this process or, as far as that
+    is known, by one before it; infinite when nobody knows of any time."""
+
+    age_s: float
+    digest: bytes
+    size_bytes: int
+
+
 class _Bucket:
     """Shards whose digests share the first byte: parallel arrays in order of the digests."""
 
-    __slots__ = ("digests", "sizes", "touched_at", "verified_at")
+    __slots__ = ("digests", "recorded_at", "sizes", "touched_at", "verified_at")
 
     def __init__(self) -> None:
         self.digests = bytearray()
         self.sizes = array("Q")
         self.verified_at = array("d")
         self.touched_at = array("d")
+        # By the wall clock, from before this process. Counts only while `verified_at` is NEVER.
+        self.recorded_at = array("d")
 
     def find(self, digest: bytes) -> tuple[int, bool]:
         """(position of the digest or of where it belongs, whether it is there)."""
@@ -37,6 +49,13 @@ class _Bucket:
                 high = middle
         start = low * _DIGEST_BYTES
         return low, digests[start : start + _DIGEST_BYTES] == digest
+
+    def age_s(self, position: int, now: float, wall_s: float) -> float:
+        """Seconds since the last hash; a recorded time ahead of the clock is not believed."""
+        if self.verified_at[position] != NEVER:
+            return max(0.0, now - self.verified_at[position])
+        recorded = self.recorded_at[position]
+        return wall_s - recorded if NEVER != recorded <= wall_s else math.inf
 
 
 class ShardIndex:
@@ -65,6 +84,7 @@ class ShardIndex:
         bucket.sizes.insert(position, size_bytes)
         bucket.verified_at.insert(position, verified_at)
         bucket.touched_at.insert(position, touched_at)
+        bucket.recorded_at.insert(position, NEVER)
         self._count += 1
         self.total_bytes += size_bytes
 
@@ -77,6 +97,7 @@ class ShardIndex:
         self.total_bytes -= bucket.sizes.pop(position)
         bucket.verified_at.pop(position)
         bucket.touched_at.pop(position)
+        bucket.recorded_at.pop(position)
         del bucket.digests[position * _DIGEST_BYTES : (position + 1) * _DIGEST_BYTES]
         self._count -= 1
         return True
@@ -95,15 +116,6 @@ class ShardIndex:
             return None
         return bucket.verified_at[position]
 
-    def check(self, digest: bytes, size_bytes: int) -> float | None:
-        """When the shard was last hashed, NEVER if it was not since the start; None when it is not
-        here with this size."""
-        bucket = self._buckets[digest[0]]
-        position, found = bucket.find(digest)
-        if not found or bucket.sizes[position] != size_bytes:
-            return None
-        return bucket.verified_at[position]
-
     def touched_at(self, digest: bytes) -> float | None:
         """When the shard was last wanted by a store; None when it is not here."""
         bucket = self._buckets[digest[0]]
@@ -118,6 +130,43 @@ class ShardIndex:
             self.total_bytes += size_bytes - bucket.sizes[position]
             bucket.sizes[position] = size_bytes
             bucket.verified_at[position] = now
+
+    def set_unverified(self, digest: bytes) -> None:
+        """Forget all that is known of when the shard was hashed."""
+        bucket = self._buckets[digest[0]]
+        position, found = bucket.find(digest)
+        if found:
+            bucket.verified_at[position] = NEVER
+            bucket.recorded_at[position] = NEVER
+
+    def recall(self, prefix: bytes, wall_s: float) -> None:
+        """Record that the shard whose digest begins with `prefix` was hashed at this time of the
+        wall clock, before this process; nothing when it is not here."""
+        bucket = self._buckets[prefix[0]]
+        position, _ = bucket.find(prefix.ljust(_DIGEST_BYTES, b"\0"))
+        start = position * _DIGEST_BYTES
+        if bucket.digests[start : start + len(prefix)] == prefix:
+            bucket.recorded_at[position] = wall_s
+
+    def last_checks(self, first_byte: int, now: float, wall_s: float) -> list[LastCheck]:
+        """The shards whose digests begin with this byte. `now` is by the clock of `verified_at`,
+        `wall_s` by that of `recall`; a recorded time ahead of it is not believed."""
+        bucket = self._buckets[first_byte]
+        found = []
+        for position, size_bytes in enumerate(bucket.sizes):
+            start = position * _DIGEST_BYTES
+            digest = bytes(bucket.digests[start : start + _DIGEST_BYTES])
+            found.append(LastCheck(bucket.age_s(position, now, wall_s), digest, size_bytes))
+        return found
+
+    def last_check(self, digest: bytes, size_bytes: int, now: float, wall_s: float) -> float | None:
+        """Seconds since the shard was last hashed, as in `last_checks`; None when it is not here
+        with this size."""
+        bucket = self._buckets[digest[0]]
+        position, found = bucket.find(digest)
+        if not found or bucket.sizes[position] != size_bytes:
+            return None
+        return bucket.age_s(position, now, wall_s)
 
     def touch(self, digest: bytes, now: float) -> bool:
         """Record that a store wants the shard; False when it is not here."""
@@ -145,6 +194,7 @@ class ShardIndex:
             yield bucket.sizes
             yield bucket.verified_at
             yield bucket.touched_at
+            yield bucket.recorded_at
 
     def load(self, shards: Iterable[tuple[bytes, int]], now: float) -> None:
         """Add many shards as found by a scan: never verified, touched now."""

@@ -15,6 +15,7 @@ MARKER_NEW: Final = "ckptd-store.json.new"  # what a cut-off `ckptd serve --init
 LOCK: Final = "ckptd-store.lock"
 RECOVERY_BUNDLE: Final = "recovery.bundle"
 PAUSED_JOBS: Final = "jobs.json"
+CHECK_RECORD: Final = "checks"
 SHARDS: Final = "shards"
 CATALOGUE: Final = "catalogue"
 QUARANTINE: Final = "quarantine"

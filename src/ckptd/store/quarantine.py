@@ -1,7 +1,8 @@
-"""Files whose bytes do not have their recorded hash: set aside, never deleted, never served.
+"""Files whose bytes do not have their recorded hash: set aside, never served.
 
 They are kept because they may be all that is left: a file with one flipped bit still holds nearly
-everything that somebody may want back.
+everything that somebody may want back, and what was bad may have been the reading. Only a copy that
+is known to be good elsewhere makes them useless.
 """
 
 from __future__ import annotations
@@ -66,6 +67,18 @@ class Quarantine:
     def flush(self, source: str, target: str) -> None:
         """Make a move by `rename_into` durable."""
         durable.flush_move(self._filesystem, source, target)
+
+    def rename_out(self, file: QuarantinedFile, target: str) -> None:
+        """Move a file back to where it came from; durable only after `flush`."""
+        with self._lock:
+            self._filesystem.rename(file.path, target)
+            self._total_bytes -= file.size_bytes
+
+    def remove(self, file: QuarantinedFile) -> None:
+        """Delete a file. It may be back after a power cut."""
+        with self._lock:
+            self._filesystem.unlink(file.path)
+            self._total_bytes -= file.size_bytes
 
     def _next_number(self, name: str) -> int:
         directory = os.path.join(self._store, layout.QUARANTINE)

@@ -6,36 +6,29 @@ name; the scan at the start flushes every directory before it believes its names
 
 from __future__ import annotations
 
-import enum
-import hashlib
+import heapq
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from ckptd.core import limits
 from ckptd.errors import NotFound, Refused, ShardCorrupt
-from ckptd.store import durable, layout
+from ckptd.store import check_record, durable, layout
+from ckptd.store.copy_reader import Look, VerifyResult, read_copy
 from ckptd.store.durable import NewFile
 from ckptd.store.filesystem import FileIdentity
-from ckptd.store.index import ShardIndex
+from ckptd.store.index import LastCheck, ShardIndex
 from ckptd.store.marker import StoreDirectory
 from ckptd.store.quarantine import QuarantinedFile
 from ckptd.store.room import Room, RoomKeeper
 from ckptd.store.shard_io import IncomingShard, ShardReader
 
 _VERIFY_ATTEMPTS = 3  # each fails only when the file was replaced while it was read
-
-
-class VerifyResult(enum.StrEnum):
-    """What a re-read of one copy has shown."""
-
-    OK = "ok"
-    MISSING = "missing"
-    CORRUPT = "corrupt"  # two reads had another hash; the file is in quarantine now
-    UNREADABLE = "unreadable"
 
 
 @dataclass(slots=True)
@@ -51,13 +44,22 @@ class StoreCounters:
     bytes_verified: int = 0
 
 
+class CheckSurvey(NamedTuple):
+    """The shards that were hashed longest ago; bytes in the store, and how many of them were
+    hashed within the time that was asked for."""
+
+    oldest: list[LastCheck]
+    total_bytes: int
+    checked_bytes: int
+
+
 class ShardStore:
     """The shards below one store directory. Thread-safe; nothing here knows an event loop.
 
     `directory` is the opened store. `reserve` is room that shards leave alone: a count of bytes
     (`int`) or a fraction of the file system (`float`). `clock` gives the time in seconds for
-    `verified_at` and `touched_at`. The constructor scans the store (errors: `MediumFailed`,
-    `StoreOperationFailed`). After an I/O error every method raises `MediumFailed`.
+    `verified_at` and `touched_at`; it never steps back. The constructor scans the store (errors:
+    `MediumFailed`, `StoreOperationFailed`). After an I/O error every method raises `MediumFailed`.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class ShardStore:
         directory: StoreDirectory,
         *,
         reserve: int | float,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._directory = directory
         self._path = directory.path
@@ -105,12 +107,61 @@ class ShardStore:
         with self._lock:
             return self._index.verified_at(digest)
 
-    def checks(self, shards: Iterable[tuple[bytes, int]]) -> list[float | None]:
-        """For each (digest, size in bytes) what `verified_at` tells, with NEVER in the place of
-        None; None when the shard is not here with that size. For many shards at once."""
+    def last_checks(self, shards: Iterable[tuple[bytes, int]], wall_s: float) -> list[float | None]:
+        """For each (digest, size in bytes) the seconds since its bytes were last hashed, before
+        this process included; infinite when nobody knows, None when the shard is not here with
+        that size. `wall_s` is the wall clock's time. Not for deciding whether a copy counts."""
         self._medium.require()
+        now = self._clock()
         with self._lock:
-            return [self._index.check(digest, size) for digest, size in shards]
+            return [self._index.last_check(digest, size, now, wall_s) for digest, size in shards]
+
+    def survey_checks(self, count: int, wall_s: float, *, within_s: float) -> CheckSurvey:
+        """Which `count` shards were hashed longest ago, before this process included (those of
+        which nobody knows come first), and how much was hashed within `within_s` seconds."""
+        total = checked = 0
+
+        def all_checks() -> Iterator[LastCheck]:
+            nonlocal total, checked
+            for check in self._all_last_checks(self._clock(), wall_s):
+                total += check.size_bytes
+                if check.age_s <= within_s:
+                    checked += check.size_bytes
+                yield check
+
+        oldest = heapq.nsmallest(
+            count, all_checks(), key=lambda check: (-check.age_s, check.digest)
+        )
+        return CheckSurvey(oldest, total, checked)
+
+    def _all_last_checks(self, now: float, wall_s: float) -> Iterator[LastCheck]:
+        for first_byte in range(256):
+            self._medium.require()
+            with self._lock:
+                checks = self._index.last_checks(first_byte, now, wall_s)
+            yield from checks
+
+    def check_record(self, wall_s: float) -> bytes:
+        """When each shard was last hashed, to be kept over a restart for `recall_checks`."""
+        return check_record.encode(
+            (check.digest, wall_s - check.age_s)
+            for check in self._all_last_checks(self._clock(), wall_s)
+        )
+
+    def recall_checks(self, record: bytes) -> bool:
+        """Takes in what `check_record` of a process before this one gave; whether that was whole.
+        It serves the order of scrubbing and people: `verified_at` does not know of it."""
+        checks = check_record.decode(record)
+        if checks is None:
+            return False
+        with self._lock:
+            for prefix, at_s in checks:
+                self._index.recall(prefix, at_s)
+        return True
+
+    def now(self) -> float:
+        """The time by the clock of `verified_at` and `touched_at`."""
+        return self._clock()
 
     def touch(self, digest: bytes, now: float) -> bool:
         """Record that a store wants this shard (`now` by the same clock); False: not here."""
@@ -123,6 +174,11 @@ class ShardStore:
         self._medium.require()
         with self._lock:
             return self._index.touched_at(digest)
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all shards that are here."""
+        return self._index.total_bytes
 
     def __len__(self) -> int:
         return len(self._index)
@@ -219,17 +275,24 @@ class ShardStore:
         )
 
     def _publish(self, file: NewFile, digest: bytes, size: int) -> None:
+        storing = self._medium.operation(f"store shard {digest.hex()}")
+        with self._committed(digest, size), storing:
+            self._make_shard_directory(digest)
+            file.publish(self._shard_path(digest), renaming=self._lock)
+        with self._lock:
+            self._counters.shards_written += 1
+            self._counters.bytes_written += size
+
+    @contextmanager
+    def _committed(self, digest: bytes, size: int) -> Iterator[None]:
+        """Around what gives a whole file a shard's name, durably: then the shard is here."""
         with self._lock:
             self._committing[digest] += 1
         try:
-            with self._medium.operation(f"store shard {digest.hex()}"):
-                self._make_shard_directory(digest)
-                file.publish(self._shard_path(digest), renaming=self._lock)
+            yield
             now = self._clock()
             with self._lock:
                 self._index.set(digest, size, verified_at=now, touched_at=now)
-                self._counters.shards_written += 1
-                self._counters.bytes_written += size
         finally:
             with self._changed:
                 self._committing[digest] -= 1
@@ -258,69 +321,61 @@ class ShardStore:
         fails at the move, `NoRoom` and `StoreOperationFailed` when the move fails; the copy does
         not count as here any more in all these cases.
         """
-        self._medium.require()
         for _ in range(_VERIFY_ATTEMPTS):
-            result, identity = self._read_and_compare(digest)
-            if result is VerifyResult.CORRUPT:
-                time.sleep(pause_s)
-                result, identity = self._read_and_compare(digest)
-                if result is VerifyResult.OK:
-                    with self._lock:
-                        self._counters.bad_reads_not_repeated += 1
-            if result is not VerifyResult.CORRUPT:
-                return self._conclude(digest, result, identity)
-            if identity is not None and self._quarantine(digest, identity):
-                return VerifyResult.CORRUPT
+            look = self.look(digest)
+            if look.result is not VerifyResult.CORRUPT:
+                return look.result
+            time.sleep(pause_s)
+            result = self.look_again(digest, look)
+            if result is not None:
+                return result
         return VerifyResult.UNREADABLE
 
-    def _conclude(
-        self, digest: bytes, result: VerifyResult, identity: FileIdentity | None
-    ) -> VerifyResult:
-        if result is VerifyResult.MISSING:
-            self._forget_if_missing(digest)
-            return result
+    def look(self, digest: bytes) -> Look:
+        """Read the copy once. A bad one is CORRUPT and stays where it is, but counts as unchecked
+        until a reading was good: `look_again` decides. Blocks; raises `MediumFailed`."""
+        look = self._read(digest)
+        if look.result is VerifyResult.CORRUPT:
+            with self._lock:
+                self._index.set_unverified(digest)
+        else:
+            self._conclude(digest, look)
+        return look
+
+    def look_again(self, digest: bytes, before: Look) -> VerifyResult | None:
+        """Read a copy again that `look` found CORRUPT, seconds later: still bad, it goes to
+        quarantine. None when another file has its name by now, so that nothing is decided.
+        Blocks; errors are those of `verify`."""
+        look = self._read(digest)
+        if look.result is not VerifyResult.CORRUPT:
+            if look.result is VerifyResult.OK:
+                with self._lock:
+                    self._counters.bad_reads_not_repeated += 1
+            self._conclude(digest, look)
+            return look.result
+        if before.identity is None or look.identity is None:
+            return None
+        if not look.identity.same_file(before.identity):
+            return None
+        return VerifyResult.CORRUPT if self._quarantine(digest, look.identity) else None
+
+    def _read(self, digest: bytes) -> Look:
+        if not self.has(digest):
+            return Look(VerifyResult.MISSING)
+        look = read_copy(self._filesystem, self._medium, self._shard_path(digest), digest)
         with self._lock:
-            if result is VerifyResult.OK and identity is not None:
-                self._index.set_verified(digest, identity.size_bytes, self._clock())
+            self._counters.bytes_verified += look.read_bytes
+        return look
+
+    def _conclude(self, digest: bytes, look: Look) -> None:
+        if look.result is VerifyResult.MISSING:
+            self._forget_if_missing(digest)
+            return
+        with self._lock:
+            if look.result is VerifyResult.OK and look.identity is not None:
+                self._index.set_verified(digest, look.identity.size_bytes, self._clock())
             else:
                 self._counters.shards_unreadable += 1
-        return result
-
-    def _read_and_compare(self, digest: bytes) -> tuple[VerifyResult, FileIdentity | None]:
-        if not self.has(digest):
-            return VerifyResult.MISSING, None
-        filesystem = self._filesystem
-        try:
-            descriptor = filesystem.open(self._shard_path(digest), os.O_RDONLY)
-            try:
-                identity = filesystem.identify(descriptor)
-                if identity.size_bytes > limits.SHARD_SIZE_MAX_BYTES:
-                    return VerifyResult.CORRUPT, identity
-                filesystem.drop_cache(descriptor)
-                found = self._hash_file(descriptor, identity.size_bytes)
-                # What nobody else reads shall not push out what others do.
-                filesystem.drop_cache(descriptor)
-            finally:
-                filesystem.close(descriptor)
-        except FileNotFoundError:
-            return VerifyResult.MISSING, None
-        except OSError as error:
-            self._medium.translate(f"verify shard {digest.hex()}", error)
-            return VerifyResult.UNREADABLE, None
-        return (VerifyResult.OK if found == digest else VerifyResult.CORRUPT), identity
-
-    def _hash_file(self, descriptor: int, size_bytes: int) -> bytes:
-        # One byte at least: a read into nothing would look like the end of the file.
-        piece_bytes = max(1, min(size_bytes, limits.STORE_READ_PIECE_BYTES))
-        buffer = memoryview(bytearray(piece_bytes))
-        hashed = hashlib.sha256()
-        offset = 0
-        while count := self._filesystem.pread_into(descriptor, buffer, offset):
-            hashed.update(buffer[:count])
-            offset += count
-        with self._lock:
-            self._counters.bytes_verified += offset
-        return hashed.digest()
 
     def _quarantine(self, digest: bytes, identity: FileIdentity) -> bool:
         """Move the file that was read to quarantine; False when another one has its name now."""
@@ -333,7 +388,7 @@ class ShardStore:
                     current = self._filesystem.identify_path(path)
                 except FileNotFoundError:
                     return False
-                if (current.device, current.inode) != (identity.device, identity.inode):
+                if not current.same_file(identity):
                     return False
                 # First, so that it does not count any more whatever happens to the move.
                 self._index.remove(digest)
@@ -341,6 +396,34 @@ class ShardStore:
                 target = quarantine.rename_into(path, current.size_bytes)
             quarantine.flush(path, target)
         return True
+
+    def retry_quarantined(self, file: QuarantinedFile) -> bool:
+        """Read a quarantined shard again; if its bytes are right by now (the reading had been bad,
+        not they) and no other copy has taken its place, it is one again. Whether it is. Blocks;
+        raises `MediumFailed`, `StoreOperationFailed`."""
+        digest = bytes.fromhex(file.id)
+        self._medium.require()
+        look = read_copy(self._filesystem, self._medium, file.path, digest)
+        with self._lock:
+            self._counters.bytes_verified += look.read_bytes
+        if look.result is not VerifyResult.OK or self.has(digest):
+            return False
+        path = self._shard_path(digest)
+        with (
+            self._committed(digest, look.read_bytes),
+            self._medium.operation(f"put shard {digest.hex()} back"),
+        ):
+            self._make_shard_directory(digest)
+            with self._lock:
+                self._directory.quarantine.rename_out(file, path)
+            self._directory.quarantine.flush(file.path, path)
+        return True
+
+    def drop_quarantined(self, file: QuarantinedFile) -> None:
+        """Delete a quarantined file, whose bytes are known to be good elsewhere. Raises
+        `MediumFailed`, `StoreOperationFailed`."""
+        with self._medium.operation(f"drop {file.path}"):
+            self._directory.quarantine.remove(file)
 
     def _forget_if_missing(self, digest: bytes) -> None:
         self._medium.confirm()

@@ -27,6 +27,8 @@ PUBLISHED = {
     "ckptd_retries_total": ("counter", {"kind"}),
     "ckptd_store_failures_total": ("counter", {"kind"}),
     "ckptd_shards_corrupt_total": ("counter", set()),
+    "ckptd_scrub_oldest_verified_timestamp_seconds": ("gauge", set()),
+    "ckptd_scrub_bytes_total": ("counter", set()),
     "ckptd_job_failures_total": ("counter", {"job"}),
     "ckptd_bytes_written_total": ("counter", set()),
     "ckptd_clock_skew_seconds": ("gauge", set()),
@@ -69,6 +71,7 @@ def use_everything(metrics: Metrics) -> None:
     metrics.sample_pending(2, 12.5, 500)
     metrics.checkpoints({"protected": 3, "pending": 1})
     metrics.certificate_expiry(2e9)
+    metrics.scrub_oldest(1e9)
 
 
 def test_what_is_exported_is_exactly_what_is_published(metrics: Metrics) -> None:

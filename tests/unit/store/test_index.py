@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from array import array
 
 from hypothesis import given
@@ -52,7 +53,7 @@ def test_100000_shards_stay_small() -> None:
     shards = [(hashlib.sha256(number.to_bytes(4, "big")).digest(), 1) for number in range(100_000)]
     index.load(shards, now=5.0)
     assert len(index) == 100_000 and all(index.size(digest) == 1 for digest, _ in shards[::1000])
-    assert 100_000 * 56 <= index.memory_bytes() <= 8 << 20
+    assert 100_000 * 64 <= index.memory_bytes() <= 9 << 20
     # Nothing else grows with the count: no Python object a shard.
     for bucket in index._buckets:
         held = [getattr(bucket, name) for name in bucket.__slots__]
@@ -64,9 +65,29 @@ def test_a_check_is_told_only_for_the_right_size() -> None:
     checked, unchecked, absent = (bytes([number]) * 32 for number in (1, 2, 3))
     index.set(checked, 10, verified_at=5.0, touched_at=1.0)
     index.set(unchecked, 10, verified_at=NEVER, touched_at=1.0)
-    assert [index.check(digest, 10) for digest in (checked, unchecked, absent)] == [
-        5.0,
-        NEVER,
-        None,
-    ]
-    assert index.check(checked, 11) is None
+    ages = [index.last_check(digest, 10, 8.0, 100.0) for digest in (checked, unchecked, absent)]
+    assert ages == [3.0, math.inf, None]
+    assert index.last_check(checked, 11, 8.0, 100.0) is None
+
+
+def test_what_is_recalled_counts_until_the_shard_is_hashed_and_never_as_verified() -> None:
+    index = ShardIndex()
+    digest, neighbour = bytes([7]) * 32, bytes([7]) * 8 + bytes([8]) * 24
+    for each in (digest, neighbour):
+        index.set(each, 10, verified_at=NEVER, touched_at=1.0)
+    for prefix in (b"\6" * 8, b"\7" * 8, b"\7" * 7 + b"\x08", b"\xff" * 8):
+        index.recall(prefix, 60.0)
+    found = {check.digest: check.age_s for check in index.last_checks(7, 5.0, 100.0)}
+    # Whoever shares the prefix: one of them. Nothing but the order of scrubbing hangs on it.
+    assert sorted(found.values()) == [40.0, math.inf]
+    assert index.verified_at(digest) is None and index.verified_at(neighbour) is None
+    assert index.last_checks(6, 5.0, 100.0) == []
+    # A time ahead of the clock is not believed, by a clock that was set right it is.
+    assert index.last_check(digest, 10, 5.0, 59.0) == math.inf
+    assert index.last_check(digest, 10, 5.0, 60.0) == 0.0
+    index.set_verified(digest, 10, 5.0)
+    assert index.last_check(digest, 10, 7.0, 100.0) == 2.0
+    index.set_unverified(digest)
+    assert index.verified_at(digest) is None
+    assert index.last_check(digest, 10, 7.0, 100.0) == math.inf
+    index.set_unverified(b"\1" * 32)  # not here: nothing

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from ckptd.errors import IntegrityError, MediumFailed, NotFound, StoreOperationFailed
+from ckptd.store.copy_reader import VerifyResult
 from ckptd.store.documents import DocumentFiles
 from ckptd.store.marker import StoreDirectory, init_store, open_store
-from ckptd.store.shards import ShardStore, VerifyResult
+from ckptd.store.shards import ShardStore
 
 CONTENT = b"shard" * 1000
 DIGEST = hashlib.sha256(CONTENT).digest()

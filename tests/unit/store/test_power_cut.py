@@ -26,10 +26,11 @@ from tests.unit.store.workload import (
 )
 
 import ckptd.store
+from ckptd.store.copy_reader import VerifyResult
 from ckptd.store.documents import DocumentFiles
 from ckptd.store.filesystem import OPERATING_SYSTEM, FileSystem
 from ckptd.store.marker import init_store, open_store
-from ckptd.store.shards import ShardStore, VerifyResult
+from ckptd.store.shards import ShardStore
 
 PATH = "/disk/store"
 Acknowledge = Callable[[str], None]

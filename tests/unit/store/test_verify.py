@@ -21,9 +21,10 @@ from tests.unit.store.workload import (
 
 from ckptd.errors import MediumFailed, NotFound
 from ckptd.store import layout
+from ckptd.store.copy_reader import VerifyResult
 from ckptd.store.filesystem import OPERATING_SYSTEM, OperatingSystem
 from ckptd.store.marker import StoreDirectory, open_store
-from ckptd.store.shards import ShardStore, VerifyResult
+from ckptd.store.shards import ShardStore
 
 DIGEST = digest_of(FIRST)
 

@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable
 
 from ckptd.errors import NoRoom, StoreMarkerMissing
+from ckptd.store.copy_reader import VerifyResult
 from ckptd.store.documents import DocumentFiles
 from ckptd.store.filesystem import FileSystem
 from ckptd.store.marker import StoreDirectory, init_store, open_store
-from ckptd.store.shards import ShardStore, VerifyResult
+from ckptd.store.shards import ShardStore
 
 STORE_ID = "0123456789abcdef" * 2
 PIECE = 1000
