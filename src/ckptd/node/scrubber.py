@@ -33,7 +33,7 @@ from ckptd.store.state_file import StateFile
 
 _log = structlog.get_logger(__name__)
 
-_LONGEST_WAIT_S: Final = 30.0  # the store may have grown meanwhile
+_LONGEST_WAIT_S: Final = 60.0  # the store may have grown meanwhile
 
 
 @dataclass(eq=False)

@@ -353,6 +353,34 @@ def test_every_flush_of_a_move_to_quarantine_is_needed(ordinal: int) -> None:
     assert found != []
 
 
+def test_a_shard_on_its_way_out_of_quarantine_is_never_lost() -> None:
+    disk = initialised_disk()
+    with open_store(PATH, filesystem=disk) as directory:
+        put_shard(ShardStore(directory, reserve=0), FIRST)
+        digest = digest_of(FIRST)
+        source = f"{PATH}/shards/5a/{digest.hex()}"
+        disk.rename(source, f"{PATH}/quarantine/{digest.hex()}.0")
+        disk.make_all_durable()
+        lost = []
+
+        def after(call: Call, result: Any) -> None:
+            for cut in disk.after_power_cut():
+                with open_store(PATH, filesystem=cut) as again:
+                    store = ShardStore(again, reserve=0)
+                    if not store.has(digest) and not store.quarantined():
+                        lost.append(call)
+
+        store = ShardStore(directory, reserve=0)
+        (file,) = store.quarantined()
+        hooked = Hooked(disk, after=after)
+        store._filesystem = hooked.port
+        directory.quarantine._filesystem = hooked.port
+        assert store.retry_quarantined(file)
+        assert lost == []
+        acknowledged = {"init", "first"}
+        assert cut_faults(disk, acknowledged) == []
+
+
 def test_no_place_in_the_store_flushes_that_is_not_tested_here() -> None:
     sites = set(INIT_FLUSHES + FILL_FLUSHES + RESTART_FLUSHES + REINIT_FLUSHES)
     sites |= set(quarantine_faults(0)[1])

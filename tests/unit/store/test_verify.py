@@ -273,3 +273,74 @@ def test_a_copy_moved_while_it_is_committed_is_not_counted_afterwards(tmp_path: 
         checker.join(30)
         assert len(store.quarantined()) == 1
         assert not store.has(DIGEST)
+
+
+def test_a_bad_look_decides_nothing_but_counts_no_more(directory: StoreDirectory) -> None:
+    store = ShardStore(directory, reserve=0)
+    assert store.verify(DIGEST, pause_s=0) is VerifyResult.OK
+    bit_flipped(Path(layout.shard_path(directory.path, DIGEST)))
+    look = store.look(DIGEST)
+    assert look.result is VerifyResult.CORRUPT and look.read_bytes == len(FIRST)
+    assert store.has(DIGEST) and store.quarantined() == []
+    assert store.verified_at(DIGEST) is None, "nobody may count on it until it was read well"
+    assert store.look_again(DIGEST, look) is VerifyResult.CORRUPT
+    assert not store.has(DIGEST) and len(store.quarantined()) == 1
+
+
+def test_a_second_look_at_another_file_decides_nothing(directory: StoreDirectory) -> None:
+    store = ShardStore(directory, reserve=0)
+    path = Path(layout.shard_path(directory.path, DIGEST))
+    bit_flipped(path)
+    look = store.look(DIGEST)
+    other = path.with_name("other")
+    bit_flipped(other)
+    os.rename(other, path)
+    assert store.look_again(DIGEST, look) is None
+    assert store.has(DIGEST) and store.quarantined() == []
+
+
+def quarantined(store: ShardStore, path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    assert store.verify(DIGEST, pause_s=0) is VerifyResult.CORRUPT
+
+
+def test_a_quarantined_copy_that_reads_well_is_one_again(tmp_path: Path) -> None:
+    disk = LyingReads()
+    with make_store(str(tmp_path / "store"), disk) as directory:
+        store = ShardStore(directory, reserve=0, clock=lambda: 7.0)
+        put_shard(store, FIRST)
+        disk.lies = 2
+        assert store.verify(DIGEST, pause_s=0) is VerifyResult.CORRUPT
+        (file,) = store.quarantined()
+        disk.lies = 1
+        assert not store.retry_quarantined(file)
+        assert not store.has(DIGEST)
+        assert store.retry_quarantined(file)
+        assert store.has(DIGEST, len(FIRST)) and store.verified_at(DIGEST) == 7.0
+        assert get_shard(store, DIGEST) == FIRST
+        assert store.quarantined() == [] and directory.quarantine.total_bytes == 0
+    with open_store(str(tmp_path / "store")) as directory:
+        assert get_shard(ShardStore(directory, reserve=0), DIGEST) == FIRST
+
+
+def test_a_quarantined_copy_does_not_take_the_place_of_another_one(tmp_path: Path) -> None:
+    disk = LyingReads()
+    with make_store(str(tmp_path / "store"), disk) as directory:
+        store = ShardStore(directory, reserve=0)
+        put_shard(store, FIRST)
+        disk.lies = 2
+        assert store.verify(DIGEST, pause_s=0) is VerifyResult.CORRUPT
+        put_shard(store, FIRST)
+        (file,) = store.quarantined()
+        assert not store.retry_quarantined(file)
+        assert store.quarantined() == [file]
+
+
+def test_a_dropped_copy_gives_its_room_back(directory: StoreDirectory) -> None:
+    store = ShardStore(directory, reserve=0)
+    quarantined(store, Path(layout.shard_path(directory.path, DIGEST)), b"?" * 100)
+    (file,) = store.quarantined()
+    assert directory.quarantine.total_bytes == 100
+    store.drop_quarantined(file)
+    assert store.quarantined() == [] and directory.quarantine.total_bytes == 0
+    assert not Path(file.path).exists()
