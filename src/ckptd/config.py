@@ -266,7 +266,7 @@ def inactive_keys(config: Config) -> list[str]:
     if config.node is not None and not config.is_coordinator:
         inactive += [f"watch[{index}]" for index in range(len(config.watch))]
     inactive += [f"retention[{index}]" for index in range(len(config.retention))]
-    return [*inactive, "repair.rate", "gc.grace", "scrub.rate"]
+    return [*inactive, "repair.rate"]
 
 
 def effective(config: Config) -> dict[str, object]:

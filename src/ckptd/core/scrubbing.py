@@ -21,6 +21,8 @@ _YOUNG_SHARE: Final = 0.25  # of the interval, for which a check is left alone
 SAMPLE_COPIES: Final = 8  # that are read at least before a bad reading is judged
 SUSPICIOUS_COPIES: Final = 3  # bad readings in one sample from which on the node is suspect
 SUSPECT_ROUNDS: Final = 3  # further looks after which what is bad is believed to be
+_LONGEST_WAIT_MAX_S: Final = 60.0
+_LONGEST_WAIT_SHARE: Final = 0.05  # of the interval: with the other shares, no more than all of it
 _SUSPECT_PAUSE_MAX_S: Final = 600.0
 _RETRY_QUARANTINED_MAX_S: Final = 6 * 3600.0
 _RECORD_MIN_S: Final = 600.0
@@ -51,6 +53,11 @@ class Pace:
     def keeps_up(self, total_bytes: int) -> bool:
         """Whether the rate suffices to read all copies within the interval."""
         return total_bytes <= self.rate_bytes_per_s * self.interval_s * _PASS_SHARE
+
+    @property
+    def longest_wait_s(self) -> float:
+        """After which it is looked again what there is to do: the store may have grown."""
+        return min(_LONGEST_WAIT_MAX_S, self.interval_s * _LONGEST_WAIT_SHARE)
 
     @property
     def suspect_pause_s(self) -> float:

@@ -29,11 +29,14 @@ from ckptd.discovery.hints import Hints
 from ckptd.errors import CkptdError, ConfigError
 from ckptd.net.acceptor import Acceptor, Unauthenticated
 from ckptd.net.bulk import BulkConnector
+from ckptd.net.control_connection import Answer, Payload, Progress
 from ckptd.net.control_server import ControlServer
 from ckptd.net.loop import run
 from ckptd.net.tls import check_peer, client_context, server_context
+from ckptd.node.background import Background, Ground
 from ckptd.node.heap import keep_heap_small
 from ckptd.node.members import Members
+from ckptd.node.network import NodeNetwork
 from ckptd.node.notify import notify
 from ckptd.node.part import Part
 from ckptd.node.peers import Peers
@@ -130,7 +133,11 @@ class Node:
         )
 
     def state(self) -> str:
-        return self.members.own_state()
+        state = self.members.own_state()
+        return "suspect" if state == "up" and self._suspicion() else state
+
+    def _suspicion(self) -> str:
+        return self.background.suspicion if self.background is not None else ""
 
     def status(self) -> messages.NodeStatus:
         """What this node is and holds, now."""
@@ -154,11 +161,18 @@ class Node:
             software=__version__,
             clock_ms=int(time.time() * 1000),
             uptime_s=time.monotonic() - self._started_s,
-            failed_reason=self._directory.medium.failed or "",
+            failed_reason=self._directory.medium.failed or self._suspicion(),
             peers=tuple(self.members.views()),
+            jobs=self.background.jobs.views() if self.background is not None else (),
         )
 
+    async def _set_job(self, request: messages.SetJob, _: Payload, __: Progress) -> Answer:
+        assert self.background is not None, "requests come while it runs"
+        await self.background.jobs.set_paused(request.job, request.paused)
+        return self.status(), b""
+
     peers: Peers | None = None
+    background: Background | None = None
     control: ControlServer
 
     def _health(self) -> Health:
@@ -221,7 +235,10 @@ class Node:
             shards=self.worker.shards if self.worker else None,
             metrics=self.metrics,
             status=self.status,
-            more={kind: answer for part in self._parts for kind, answer in part.handlers.items()},
+            more={
+                messages.SetJob: self._set_job,
+                **{kind: answer for part in self._parts for kind, answer in part.handlers.items()},
+            },
         )
         hints = Hints(self.config.cluster, self._node.id, self.members.knows)
         self.peers = Peers(
@@ -246,13 +263,22 @@ class Node:
             on_hello=self.peers.on_hello,
             forgotten=self.members.forgotten,
         )
+        connector = BulkConnector(
+            self._client_context, self.config.cluster, self.hello, self.members.forgotten
+        )
+        network = NodeNetwork(
+            client=self.peers.client,
+            members=self.members,
+            connector=connector,
+            store=self.worker.shards if self.worker else None,
+            traffic=self.worker.traffic if self.worker else None,
+        )
+        self.background = Background(self._ground(network, requests))
         if self.worker is not None:
             self.worker.start(
                 cluster=self.config.cluster,
                 node_id=self._node.id,
-                connector=BulkConnector(
-                    self._client_context, self.config.cluster, self.hello, self.members.forgotten
-                ),
+                connector=connector,
                 hello=self.hello,
                 suspect=requests.suspect,
                 forgotten=self.members.forgotten,
@@ -274,17 +300,34 @@ class Node:
         finally:
             _log.info("node_stopping", node=self._node.id)
             await self._stop_all(tasks)
+            await self.background.stop()
+            connector.close()
+            await asyncio.to_thread(network.close)
             await asyncio.to_thread(requests.close)
             _log.info("node_stopped", node=self._node.id)
+
+    def _ground(self, network: NodeNetwork, requests: Requests) -> Ground:
+        return Ground(
+            config=self.config,
+            directory=self._directory,
+            shards=self.worker.shards if self.worker else None,
+            members=self.members,
+            network=network,
+            clock=SYSTEM_CLOCK,
+            on_disk=requests.on_disk,
+            metrics=self.metrics,
+            on_corrupt=requests.note_corrupt,
+        )
 
     def _start_tasks(
         self, listeners: Sequence[socket.socket], requests: Requests, hints: Hints
     ) -> list[asyncio.Task[None]]:
-        assert self.peers is not None
+        assert self.peers is not None and self.background is not None
         waiting = Unauthenticated()
         work: dict[str, Callable[[], Coroutine[None, None, None]]] = {
             "accept control": Acceptor(listeners[0], waiting, self.control.handshake).run,
             "peers": self.peers.run,
+            "jobs": self.background.run,
             "medium": self._watch_medium,
             "presence": partial(self._presence.follow, requests.on_disk),
         }

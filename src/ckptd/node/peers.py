@@ -108,6 +108,11 @@ class Peers:
         # What a peer answers is held in memory: one at a time may answer with much.
         self._syncing = asyncio.Lock()
 
+    def client(self, node: str) -> ControlClient | None:
+        """The connection to `node` that is in use, if there is one."""
+        link = self._links.get(node)
+        return link.client if link is not None and link.client.connected else None
+
     def on_hello(self, identity: Identity, hello: messages.Hello) -> None:
         """Somebody connected to us; a node that did is alive, and says where it listens."""
         if not identity.is_node or identity.node_id == self._node_id:

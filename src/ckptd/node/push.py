@@ -12,7 +12,7 @@ from typing import Final
 
 from ckptd.core import limits
 from ckptd.errors import CkptdError, NotFound, PeerBusy, PeerRefused, ShardCorrupt
-from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender
+from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender, ShardSource
 from ckptd.node.reception import check_chain, failed_report
 from ckptd.node.traffic import Traffic
 from ckptd.store.filesystem import aligned_buffer
@@ -22,7 +22,59 @@ from ckptd.wire import messages
 from ckptd.wire.messages import CopyReport, Hop
 
 PUSH_HOP: Final = limits.CHAIN_HOPS_MAX
+_PIECE_S: Final = 0.25  # of a paced source
 _DEPTH: Final = 1  # only the one who asked waits for this node
+
+
+class PacedSource:
+    """A shard that is read at most at `rate_bytes_per_s`. In small pieces, so that whoever waits
+    for them sees progress at any rate."""
+
+    def __init__(self, source: ShardSource, rate_bytes_per_s: float) -> None:
+        self._source = source
+        self._rate_bytes_per_s = rate_bytes_per_s
+        self._piece_bytes = max(1, int(rate_bytes_per_s * _PIECE_S))
+        self._started_s = time.monotonic()
+
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        """As ShardSource has it; waits until what was read before has had its time."""
+        wait_s = self._started_s + offset / self._rate_bytes_per_s - time.monotonic()
+        if wait_s > 0:
+            time.sleep(wait_s)
+        return self._source.read_into(buffer[: self._piece_bytes], offset)
+
+
+def send_copy(
+    source: ShardSource,
+    request: messages.PutShard,
+    target: Hop,
+    *,
+    connector: BulkConnector,
+    traffic: Traffic,
+    on_news: Callable[[dict[str, CopyReport]], None] = lambda reports: None,
+) -> CopyReport:
+    """Sends a copy to `target` alone, by the slots of the last hop; what it says of its copy.
+
+    Blocks. `on_news` gets what is known so far, whenever there is news. Raises PeerError, what
+    `source` raises, and what `on_news` does."""
+    out = connector.acquire(target.node, target.host, target.port, hop=PUSH_HOP)
+    complete = False
+    try:
+        sender = ShardSender(
+            out, request, hop=PUSH_HOP, depth=_DEPTH, on_news=lambda: on_news(sender.reports)
+        )
+        started_s = time.monotonic()
+        sender.negotiate()
+        sender.send(source, aligned_buffer(limits.BULK_BUFFER_BYTES))
+        complete = True
+    except (PeerBusy, PeerRefused):
+        complete = True
+        raise
+    finally:
+        out.broken = out.broken or not complete
+        connector.release(target.node, target.host, target.port, out, hop=PUSH_HOP)
+    traffic.sent(target.node, sender.sent_bytes, time.monotonic() - started_s)
+    return sender.reports.get(target.node, CopyReport(target.node, "failed"))
 
 
 class Push:
@@ -68,40 +120,26 @@ class Push:
     def _send(self, source: ShardReader, target: Hop) -> CopyReport:
         """One node's copy: what became of it."""
         try:
-            out = self._connector.acquire(target.node, target.host, target.port, hop=PUSH_HOP)
-        except CkptdError as error:
-            return self._failed(target, error)
-        complete = False
-        try:
-            sender = ShardSender(
-                out,
+            return send_copy(
+                source,
                 messages.PutShard(self._request.shard, self._request.size),
-                hop=PUSH_HOP,
-                depth=_DEPTH,
-                on_news=lambda: self._note(sender),
+                target,
+                connector=self._connector,
+                traffic=self._traffic,
+                on_news=self._note,
             )
-            started_s = time.monotonic()
-            sender.negotiate()
-            sender.send(source, aligned_buffer(limits.BULK_BUFFER_BYTES))
-            complete = True
         except CkptdError as error:
             if self._channel.broken:
                 raise  # nobody waits for the result any more
-            complete = isinstance(error, PeerBusy | PeerRefused)
             return self._failed(target, error)
-        finally:
-            out.broken = out.broken or not complete
-            self._connector.release(target.node, target.host, target.port, out, hop=PUSH_HOP)
-        self._traffic.sent(target.node, sender.sent_bytes, time.monotonic() - started_s)
-        return sender.reports.get(target.node, CopyReport(target.node, "failed"))
 
     def _failed(self, target: Hop, error: CkptdError) -> CopyReport:
         if not isinstance(error, PeerBusy):
             self._traffic.error(error.kind)
         return failed_report(target.node, error)
 
-    def _note(self, sender: ShardSender) -> None:
-        self._reports.update(sender.reports)
+    def _note(self, reports: dict[str, CopyReport]) -> None:
+        self._reports.update(reports)
         self._tell()
 
     def _tell(self) -> None:

@@ -42,6 +42,7 @@ _ACTIONS: Final[dict[type[Message], Action]] = {
     messages.Verify: Action.VERIFY,
     messages.ReportCorrupt: Action.REPORT_CORRUPT,
     messages.GetWatched: Action.WATCHED,
+    messages.SetJob: Action.SET_JOB,
 }
 
 Answerer = Callable[[Any, Payload, Progress], Awaitable[Answer]]
@@ -131,15 +132,16 @@ class Requests:
         """Re-reads a copy that somebody found bad, and tells the metrics."""
         assert self._shards is not None, "only a worker is asked"
         result = await self.on_disk(partial(self._shards.verify, shard))
-        self._note_result(shard, result)
+        if result is VerifyResult.CORRUPT:
+            self.note_corrupt(shard)
         return result
 
-    def _note_result(self, shard: bytes, result: VerifyResult) -> None:
-        if result is VerifyResult.CORRUPT:
-            self._metrics.shard_corrupt()
-            _log.error(
-                "shard_corrupt", shard=shard.hex(), next="ckptd verify --all shows all bad copies"
-            )
+    def note_corrupt(self, shard: bytes) -> None:
+        """Tells that the copy of `shard` here went to quarantine."""
+        self._metrics.shard_corrupt()
+        _log.error(
+            "shard_corrupt", shard=shard.hex(), next="ckptd verify --all shows all bad copies"
+        )
 
     async def _get_status(self, _: Message, __: Payload, ___: Progress) -> Answer:
         return self._status(), b""

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
 
 import structlog
 
@@ -32,8 +31,6 @@ from ckptd.store.shards import CheckSurvey, ShardStore
 from ckptd.store.state_file import StateFile
 
 _log = structlog.get_logger(__name__)
-
-_LONGEST_WAIT_S: Final = 60.0  # the store may have grown meanwhile
 
 
 @dataclass(eq=False)
@@ -140,7 +137,7 @@ class Scrubber:
         self._metrics.scrub_oldest(self.oldest_verified_at())
         await self._write_record_if_due()
         await self._keeper.step()
-        return min(wait_s, _LONGEST_WAIT_S)
+        return min(wait_s, self._pace.longest_wait_s)
 
     async def _scrub(self) -> float:
         begun_s = self._clock.monotonic_s()
@@ -167,7 +164,7 @@ class Scrubber:
     def _due_in_s(self, now_s: float) -> float:
         """How long to wait because the oldest check is young."""
         if not self._queue:
-            return _LONGEST_WAIT_S
+            return self._pace.longest_wait_s
         return self._pace.due_in_s(self._queue[0].age_s + now_s - self._surveyed_s)
 
     async def _read(self, sample: _Sample) -> Verdict:

@@ -34,7 +34,7 @@ def test_what_was_received_at_once_is_read_within_the_interval_or_at_the_full_ra
 ) -> None:
     pace = Pace(interval_s, rate)
     total = sum(sizes)
-    at_s = pace.due_in_s(0)
+    at_s = pace.longest_wait_s + pace.due_in_s(0)
     for size in sizes:
         assert pace.rest_s(size, total) >= size / rate * 0.999, "never faster than the rate"
         at_s += pace.rest_s(size, total)
@@ -59,6 +59,7 @@ def test_waits_shrink_with_the_interval() -> None:
     assert (PACE.suspect_pause_s, PACE.retry_quarantined_s) == (600, 6 * 3600)
     short = Pace(interval_s=10, rate_bytes_per_s=1e6)
     assert (short.suspect_pause_s, short.retry_quarantined_s) == (2.5, 2.5)
+    assert (PACE.longest_wait_s, short.longest_wait_s) == (60, 0.5)
 
 
 @pytest.mark.parametrize(
