@@ -307,15 +307,13 @@ def test_keys_without_effect_in_this_version_are_listed() -> None:
         "watch[0]",
         "retention[0]",
         "repair.rate",
-        "gc.grace",
-        "scrub.rate",
     ]
     coordinator = client_with(
         node={"id": "desk", "roles": ["coordinator"]},
         store={"path": "/srv/ckptd"},
         watch=[{"root": "/runs"}],
     )
-    assert inactive_keys(read(coordinator)) == ["store", "repair.rate", "gc.grace", "scrub.rate"]
+    assert inactive_keys(read(coordinator)) == ["store", "repair.rate"]
 
 
 def test_a_coordinator_needs_no_store_and_has_a_place_for_its_state() -> None:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import structlog
 from cryptography import x509
@@ -52,6 +53,11 @@ from ckptd.store.room import Room
 from ckptd.wire import messages
 
 _log = structlog.get_logger(__name__)
+
+_NEED_RESTART: Final = (
+    *("cluster", "node", "store", "tls", "discovery", "membership", "watch"),
+    *("replication", "repair", "gc", "scrub"),
+)
 
 MakePart = Callable[["Node"], Part]
 """Makes what a role adds to a node. It is called before the loop runs."""
@@ -414,11 +420,7 @@ class Node:
             _log.error("config_not_reloaded", reason=error.message, next=error.next)
             return
         logs.configure(config.observe.log_level)
-        fixed = [
-            key
-            for key in ("cluster", "node", "store", "tls", "discovery", "membership", "watch")
-            if getattr(config, key) != getattr(self.config, key)
-        ]
+        fixed = [key for key in _NEED_RESTART if getattr(config, key) != getattr(self.config, key)]
         _log.info("config_reloaded", log_level=config.observe.log_level, needs_restart=fixed)
 
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from ckptd.core import limits
-from ckptd.errors import NotFound, PeerError, PeerUnreachable
+from ckptd.errors import NotFound, PeerBusy, PeerError, PeerUnreachable
 from ckptd.net.bulk import BulkConnector
 from ckptd.net.control import ControlClient
 from ckptd.node.members import Members
@@ -93,5 +93,6 @@ class NodeNetwork:
                     traffic=self._traffic,
                 )
             except PeerError as error:
-                self._traffic.error(error.kind)
+                if not isinstance(error, PeerBusy):  # which is no failure
+                    self._traffic.error(error.kind)
                 raise

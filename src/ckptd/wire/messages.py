@@ -166,7 +166,8 @@ class InventoryReply(Message, frozen=True):
     """Per version: whether its manifest is durable here, and a bitmap over the manifest's
     shards (None when the manifest is not here). May answer only the first few: ask again for the
     rest. `verified_age_s`: seconds since that shard of the version which is here and was hashed
-    from disk longest ago; -1 when one of them was not since start, or none is here."""
+    from disk longest ago, before the node's start included: for people, as no copy may be counted
+    on for it. -1 when of one of them nobody knows, or none is here."""
 
     bitmaps: Annotated[tuple[Bitmap | None, ...], Meta(max_length=limits.VERSIONS_PER_MESSAGE_MAX)]
     verified_age_s: Annotated[tuple[Age, ...], Meta(max_length=limits.VERSIONS_PER_MESSAGE_MAX)]

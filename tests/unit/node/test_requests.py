@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import pytest
 from tests.cluster.hostile import RawPeer
-from tests.unit.node.running_nodes import RunningNode
+from tests.unit.node.running_nodes import RunningNode, running_nodes
 from tests.unit.node.test_records import member, signer
 
 from ckptd.core import limits
+from ckptd.node.background import Background
 from ckptd.wire import messages
 from ckptd.wire.messages import Message
 
@@ -114,3 +116,37 @@ def test_an_inventory_always_answers_one(
         reply = peer.ask(messages.Inventory((b"\1" * 32, b"\2" * 32)))
     assert isinstance(reply, messages.InventoryReply)
     assert len(reply.bitmaps) == 1
+
+
+def test_jobs_are_told_paused_and_stay_so_over_a_restart(loop_name: str, tmp_path: Path) -> None:
+    with running_nodes(tmp_path, "pi1") as (node,):
+        with greeted(node) as peer:
+            status = peer.ask(messages.GetStatus())
+            assert isinstance(status, messages.NodeStatus)
+            assert [(job.name, job.last_error) for job in status.jobs] == [("scrub", "")]
+            answer = peer.ask(messages.SetJob("scrub", paused=True), request_id=2)
+            assert isinstance(answer, messages.NodeStatus)
+            wrong = peer.ask(messages.SetJob("scrap", paused=True), request_id=3)
+            assert isinstance(wrong, messages.Error) and wrong.code == "not_found"
+        node.stop()
+        again = RunningNode(tmp_path, node.pki, "pi1")
+        try:
+            with greeted(again, "admin") as peer:
+                status = peer.ask(messages.GetStatus())
+                assert isinstance(status, messages.NodeStatus)
+                assert [job.state for job in status.jobs] == ["paused"]
+                status = peer.ask(messages.SetJob("scrub", paused=False), request_id=2)
+                assert isinstance(status, messages.NodeStatus)
+                assert [job.state for job in status.jobs] != ["paused"]
+        finally:
+            again.stop()
+
+
+def test_a_node_that_reads_wrong_calls_itself_suspect_and_says_why(
+    node: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Background, "suspicion", "3 copies read wrong")
+    with greeted(node) as peer:
+        status = peer.ask(messages.GetStatus())
+    assert isinstance(status, messages.NodeStatus)
+    assert (status.state, status.failed_reason) == ("suspect", "3 copies read wrong")
