@@ -8,7 +8,15 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
-from tests.unit.store.workload import FIRST, SAME_DIRECTORY, digest_of, make_store, put_shard
+from tests.unit.store.workload import (
+    DOCUMENT,
+    DOCUMENT_ID,
+    FIRST,
+    SAME_DIRECTORY,
+    digest_of,
+    make_store,
+    put_shard,
+)
 from tests.virtual_time import run_virtual
 
 from ckptd.core import bitmaps, limits
@@ -263,3 +271,16 @@ def test_bytes_that_read_well_by_now_are_a_copy_again(tmp_path: Path, others: Ot
         assert kept.quarantined == 0 and kept.store.has(DIGEST)
 
     run_virtual(work())
+
+
+def test_documents_that_lie_there_are_left_alone(tmp_path: Path, others: Others) -> None:
+    kept = Kept(tmp_path / "store", others, copies=0)
+    document = Path(kept.directory.path, "quarantine", f"{DOCUMENT_ID}.json.0")
+    document.write_bytes(DOCUMENT)
+
+    async def work() -> None:
+        await kept.run_for(3 * GRACE_S)
+
+    run_virtual(work())
+    assert [file.suffix for file in kept.store.quarantined()] == [".json"]
+    assert document.read_bytes() == DOCUMENT

@@ -255,7 +255,17 @@ def test_small_copies_are_read_many_at_a_time(
         await scrubbed.scrubber.step()
         assert len(place.read) == 7
 
+    async def two_are_due(scrubbed: Scrubbed) -> None:
+        for number in range(40):
+            if number == 2:
+                await asyncio.sleep(5 * DAY_S)
+            scrubbed.store.verify(digest_of(content(number)), pause_s=0)
+        place.disk.read_at_s.clear()
+        await scrubbed.scrubber.step()
+        assert place.read == {name(0), name(1)}, "what is young is left alone"
+
     place.run(work, shards=40)
+    place.run(two_are_due)
 
 
 def test_progress_tells_how_much_was_hashed_within_the_interval(place: Place) -> None:
