@@ -84,6 +84,7 @@ class NodeNetwork:
         with self._store.open_read(shard) as reader:
             if reader.size != size:
                 raise NotFound(f"shard {shard.hex()} has {reader.size} bytes here, not {size}")
+            reader.bypass_cache()
             try:
                 return send_copy(
                     PacedSource(reader, rate_bytes_per_s) if rate_bytes_per_s else reader,

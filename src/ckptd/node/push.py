@@ -23,6 +23,7 @@ from ckptd.wire.messages import CopyReport, Hop
 
 PUSH_HOP: Final = limits.CHAIN_HOPS_MAX
 _PIECE_S: Final = 0.25  # of a paced source
+_BLOCK_BYTES: Final = 4096
 _DEPTH: Final = 1  # only the one who asked waits for this node
 
 
@@ -33,7 +34,9 @@ class PacedSource:
     def __init__(self, source: ShardSource, rate_bytes_per_s: float) -> None:
         self._source = source
         self._rate_bytes_per_s = rate_bytes_per_s
-        self._piece_bytes = max(1, int(rate_bytes_per_s * _PIECE_S))
+        piece_bytes = max(1, int(rate_bytes_per_s * _PIECE_S))
+        # Whole blocks, as far as that is possible: only these are read past the page cache.
+        self._piece_bytes = piece_bytes - piece_bytes % _BLOCK_BYTES or piece_bytes
         self._started_s = time.monotonic()
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
