@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.unit.store.model_disk import ModelDisk
+from tests.model_disk import ModelDisk
 from tests.unit.store.workload import STORE_ID
 
 from ckptd.errors import Refused, StoreLocked, StoreMarkerMissing, StoreOperationFailed

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tests.unit.store.call_hooks import FLUSHES, Call, Hooked, ProcessDied, dies_at
-from tests.unit.store.model_disk import File, ModelDisk
+from tests.model_disk import File, ModelDisk
 from tests.unit.store.workload import (
     FIRST,
     LATER,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from tests.unit.store.call_hooks import Hooked
-from tests.unit.store.model_disk import ModelDisk
+from tests.model_disk import ModelDisk
 from tests.unit.store.workload import (
     DOCUMENT,
     DOCUMENT_ID,

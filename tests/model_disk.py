@@ -127,6 +127,22 @@ class ModelDisk:
                 rebuilt = _rebuilt(self.root, kept, contents_of)
                 yield ModelDisk(rebuilt, can_allocate=self.can_allocate, can_bypass=self.can_bypass)
 
+    def root_after_power_cut(self, chooser: random.Random) -> Directory:
+        """One of the disks that may be found after power was lost now, at random."""
+        nodes = self._nodes()
+        changes = [
+            change for node in nodes if isinstance(node, Directory) for change in node.pending
+        ]
+        share = chooser.choice((0.0, 0.5, 0.5, 1.0))
+        kept = frozenset(id(change) for change in changes if chooser.random() < share)
+        pending = {id(change) for change in changes}
+        lost = [each for each in self._removals(nodes) if not _permitted(each, kept, pending)]
+        kept -= {id(change) for change in lost}
+        contents = {
+            id(node): chooser.choice(node.variants()) for node in nodes if isinstance(node, File)
+        }
+        return _rebuilt(self.root, kept, contents)
+
     @staticmethod
     def _removals(nodes: list[File | Directory]) -> list[NameChange]:
         return [

@@ -1,0 +1,204 @@
+"""The disk of a simulated node: the model that loses what was not flushed, with room, time, faults.
+
+Each call of the store's port takes virtual time, so that others run in between, and reaches the
+disk of the process that makes it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Callable
+from typing import Any, Final
+
+from tests.model_disk import Directory, File, ModelDisk
+from tests.simulation.kernel import Process, ProcessDied, current_process
+from tests.simulation.threads import kernel
+
+from ckptd.store import filesystem
+from ckptd.store.filesystem import DirectoryEntry, Volume
+
+STORE: Final = "/srv/ckptd"
+_BLOCK_BYTES: Final = 4096
+
+# How long calls take, in seconds: (least, most). What is not listed takes none.
+_DURATIONS_S: Final = {
+    "fsync": (0.001, 0.05),
+    "fsync_directory": (0.001, 0.03),
+    "rename": (0.0, 0.002),
+    "unlink": (0.0, 0.002),
+    "pwrite": (0.0, 0.004),
+    "open": (0.0, 0.001),
+}
+_PAUSE_SHARE: Final = {"fsync": 1.0, "fsync_directory": 1.0, "pwrite": 0.3, "open": 0.1}
+
+
+class SimulatedDisk(ModelDisk):
+    """A `FileSystem`. `capacity_bytes` may change, `fault` is the errno that every call fails with,
+    `bad_reads` how many of the next reads of shards give a wrong bit."""
+
+    def __init__(
+        self, chooser: random.Random, *, capacity_bytes: int, root: Directory | None = None
+    ) -> None:
+        super().__init__(root, can_allocate=chooser.random() < 0.7)
+        self._chooser = chooser
+        self.capacity_bytes = capacity_bytes
+        self.fault = 0
+        self.bad_reads = 0
+        self.slowness = 1.0
+        self.used_bytes = sum(
+            _rounded(len(node.seen)) for node in self._nodes() if isinstance(node, File)
+        )
+        if root is None:
+            self.make_parents(STORE)
+
+    def make_parents(self, path: str) -> None:
+        """Makes what lies above `path`, durably."""
+        for parent in _parents(path):
+            try:
+                super().mkdir(parent)
+            except FileExistsError:
+                continue
+        self.make_all_durable()
+
+    def after_crash(self, *, power_cut: bool) -> SimulatedDisk:
+        """What the next process finds. Without a power cut that is everything that was written."""
+        if not power_cut:
+            self.restart_process()
+            return self
+        root = self.root_after_power_cut(self._chooser)
+        disk = SimulatedDisk(self._chooser, capacity_bytes=self.capacity_bytes, root=root)
+        disk.slowness = self.slowness
+        return disk
+
+    def duration_s(self, call: str) -> float:
+        """How long a call takes; 0 for no pause at all."""
+        if self._chooser.random() >= _PAUSE_SHARE.get(call, 0.5):
+            return 0.0
+        least, most = _DURATIONS_S[call]
+        return self._chooser.uniform(least, most) * self.slowness
+
+    def check(self, path: str) -> None:
+        if self.fault:
+            raise OSError(self.fault, os.strerror(self.fault), path)
+
+    # The port, where it differs from the model
+
+    def volume(self, path: str) -> Volume:
+        free = max(0, self.capacity_bytes - self.used_bytes)
+        return Volume(self.capacity_bytes, free, _BLOCK_BYTES)
+
+    def pwrite(self, descriptor: int, data: memoryview, offset: int) -> int:
+        file = self._descriptors[descriptor].file
+        before = _rounded(len(file.seen))
+        grown = _rounded(max(len(file.seen), offset + len(data))) - before
+        if self.used_bytes + grown > self.capacity_bytes:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        count = super().pwrite(descriptor, data, offset)
+        self.used_bytes += grown
+        return count
+
+    def pread_into(self, descriptor: int, buffer: memoryview, offset: int) -> int:
+        count = super().pread_into(descriptor, buffer, offset)
+        if self.bad_reads and count > 1000:
+            self.bad_reads -= 1
+            buffer[count // 2] ^= 1
+        return count
+
+    def rename(self, source: str, target: str) -> None:
+        directory, name = self._parent(target)
+        replaced = directory.seen.get(name)
+        super().rename(source, target)
+        if isinstance(replaced, File):
+            self.used_bytes -= _rounded(len(replaced.seen))
+
+    def unlink(self, path: str) -> None:
+        directory, name = self._parent(path)
+        node = directory.seen.get(name)
+        super().unlink(path)
+        if isinstance(node, File):
+            self.used_bytes -= _rounded(len(node.seen))
+
+    # For those who check and damage
+
+    def durable_files(self, path: str) -> dict[str, File]:
+        """By name, the files below a directory whose names are on the medium."""
+        directory: Directory = self.root
+        for part in path.strip("/").split("/"):
+            found = directory.durable.get(part)
+            if not isinstance(found, Directory):
+                return {}
+            directory = found
+        return {name: node for name, node in directory.durable.items() if isinstance(node, File)}
+
+    def durable_directories(self, path: str) -> list[str]:
+        directory: Directory = self.root
+        for part in path.strip("/").split("/"):
+            found = directory.durable.get(part)
+            if not isinstance(found, Directory):
+                return []
+            directory = found
+        return [name for name, node in directory.durable.items() if isinstance(node, Directory)]
+
+    def shards(self) -> dict[str, File]:
+        """All copies whose names are on the medium, by name."""
+        found: dict[str, File] = {}
+        for name in self.durable_directories(f"{STORE}/shards"):
+            found.update(self.durable_files(f"{STORE}/shards/{name}"))
+        return found
+
+    def flip_bit(self, file: File) -> None:
+        position = self._chooser.randrange(len(file.durable))
+        content = bytearray(file.durable)
+        content[position] ^= 1 << self._chooser.randrange(8)
+        file.durable = bytes(content)
+        file.seen[:] = content
+
+
+def _rounded(size: int) -> int:
+    return -(-size // _BLOCK_BYTES) * _BLOCK_BYTES
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.strip("/").split("/")[:-1]
+    return ["/" + "/".join(parts[: count + 1]) for count in range(len(parts))]
+
+
+_CALLS: Final = (
+    "open", "close", "duplicate", "pwrite", "pread_into", "fsync", "fsync_directory", "fallocate",
+    "rename", "mkdir", "rmdir", "unlink", "list_directory", "identify", "identify_path",
+    "drop_cache", "volume", "lock",
+)  # fmt: skip
+_NEVER_FAIL: Final = frozenset({"close"})
+
+
+def route_calls() -> None:
+    """From now on the operating system's calls go to the disk of the process that makes them."""
+    for name in _CALLS:
+        setattr(filesystem.OperatingSystem, name, _routed(name))
+
+
+def _routed(name: str) -> Callable[..., Any]:
+    original = getattr(filesystem.OperatingSystem, name)
+    pauses = name in _DURATIONS_S
+
+    def call(self: object, *arguments: Any, **named: Any) -> Any:
+        process = current_process()
+        if process is None or process.disk is None:
+            return original(self, *arguments, **named)
+        disk: SimulatedDisk = process.disk
+        if not process.alive:
+            raise ProcessDied
+        if pauses and kernel().current is not None:
+            pause_s = disk.duration_s(name)
+            if pause_s:
+                kernel().block(pause_s, "disk")
+        if disk.fault and name not in _NEVER_FAIL:
+            disk.check(str(arguments[0]))
+        return getattr(disk, name)(*arguments, **named)
+
+    return call
+
+
+__all__ = ["STORE", "DirectoryEntry", "Process", "SimulatedDisk", "route_calls"]
