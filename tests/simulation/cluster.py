@@ -21,9 +21,10 @@ from tests.simulation.network import Network, SimulatedLoop
 from tests.simulation.threads import KERNEL
 
 from ckptd.client.cluster import Cluster, connect
-from ckptd.client.pki import IssuedFiles, init_cluster, issue
+from ckptd.client.pki import init_cluster, issue
 from ckptd.config import Config, check
 from ckptd.core.identity import Role
+from ckptd.core.signing import Signer
 from ckptd.node.daemon import Node
 from ckptd.store.marker import init_store
 
@@ -53,9 +54,11 @@ class Pki:
             issue(directory, [Role.COORDINATOR], name)
         issue(directory, [Role.WORKER], "mallory")
 
-    def files(self, name: str) -> IssuedFiles:
+    def signer(self, name: str) -> Signer:
         at = self.directory
-        return IssuedFiles(at / f"{name}.pem", at / f"{name}.key", at / "ca.pem")
+        return Signer.from_pem(
+            (at / f"{name}.pem").read_bytes(), (at / f"{name}.key").read_bytes()
+        )
 
     def section(self, name: str) -> dict[str, str]:
         at = self.directory
@@ -247,10 +250,13 @@ class SimulatedCluster:
         for node in self.nodes.values():
             if node.process is not None:
                 self.end(node.process, silent=True)
-        self.kernel.run_until_complete(_turns(20))
-        for task in asyncio.all_tasks(self.kernel):
-            task.cancel()
-        self.kernel.run_until_complete(_turns(20))
+        for _ in range(10):
+            self.kernel.run_until_complete(_turns(20))
+            left = asyncio.all_tasks(self.kernel)
+            for task in left:
+                task.cancel()
+            if not left:
+                break
         self.kernel.stop_carriers()
         self.kernel.close()
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -219,7 +219,7 @@ class SimulatedSocket:
         assert peer is not None
         network = self.network
         at_s = network.kernel.now_s + network.delay_s(self.host, peer.host)
-        self._arrives_s = max(self._arrives_s, at_s)
+        self._arrives_s = max(self._arrives_s + 1e-9, at_s)  # never two at once
         if data:
             network.bytes_moved += len(data)
         network.kernel.call_at(self._arrives_s, peer.arrive, data, context=_OUTSIDE)

@@ -19,6 +19,7 @@ import ssl as real_ssl
 import sys
 import threading as real_threading
 import time as real_time
+import warnings
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -129,8 +130,8 @@ def trace_to(write: Callable[[str], None] | None) -> None:
 
 
 def _log_line(logger: object, level: str, event: Any) -> Any:
-    if _trace:
-        process = current_process()
+    process = current_process()
+    if _trace and (process is None or process.alive):
         now_s = KERNEL[-1].now_s if KERNEL else 0.0
         what = event.pop("event", "")
         error = event.pop("exc_info", None)
@@ -176,6 +177,9 @@ def install() -> None:
     sys.modules["ckptd.observe.http"].__dict__["tls_context"] = lambda *_: None
     concurrent.futures._base.__dict__["threading"] = SimulatedThreading
     disk.route_calls()
+    # What is left of killed processes is collected after their loop is closed.
+    sys.unraisablehook = lambda _: None
+    warnings.simplefilter("ignore", RuntimeWarning)
     structlog.configure(processors=[_log_line], cache_logger_on_first_use=False)
 
 

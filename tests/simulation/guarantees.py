@@ -1,0 +1,268 @@
+"""What must hold at any moment, read from the media of all nodes and from nothing that they say.
+
+Only what is flushed counts. Each check has the number of the promise in docs/guarantees.md or of
+the design that it stands for in its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from tests.model_disk import File
+from tests.simulation.cluster import SimulatedCluster, SimulatedNode
+from tests.simulation.disk import STORE
+
+RECENT_DAMAGE_S: Final = 900.0
+"""A promise to keep a copy cannot know of damage that we do; for so long it is not held against
+whoever relied on it."""
+
+
+@dataclass
+class Version:
+    """A version as its manifest tells, and what is known of it from outside."""
+
+    id: str
+    name: str
+    order: int
+    content_id: str
+    copies: int
+    shards: tuple[str, ...]
+    protected: bool = False  # somebody was told so
+
+
+@dataclass
+class Ledger:
+    """What commands were told, and what was written: the memory of the outside world."""
+
+    contents: dict[str, list[dict[str, bytes]]] = field(default_factory=dict)  # by name
+    of_version: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    protected: set[str] = field(default_factory=set)
+    acknowledged: set[str] = field(default_factory=set)  # ids of documents that somebody has
+    removable: set[str] = field(default_factory=set)  # by a command that was begun
+    pinned: set[str] = field(default_factory=set)
+    forged: set[str] = field(default_factory=set)  # ids of documents that nobody may admit
+    flipped: set[tuple[str, str]] = field(default_factory=set)  # (node, shard) that we damaged
+    damaged_at_s: dict[str, float] = field(default_factory=dict)  # by shard
+
+
+class Media:
+    """Reads the disks. What did not change is not read twice."""
+
+    def __init__(self, cluster: SimulatedCluster) -> None:
+        self._cluster = cluster
+        self._hashes: dict[int, tuple[bytes, str]] = {}
+        self.documents: dict[str, dict[str, Any]] = {}  # every one that was ever on a disk
+        self.versions: dict[str, Version] = {}
+        self.tombstones: dict[str, set[str]] = {}  # by version
+        self.new_documents: list[str] = []
+
+    def hash_of(self, file: File) -> str:
+        known = self._hashes.get(id(file.durable))
+        if known is None or known[0] is not file.durable:
+            known = (file.durable, hashlib.sha256(file.durable).hexdigest())
+            self._hashes[id(file.durable)] = known
+        return known[1]
+
+    def good_shards(self, node: SimulatedNode) -> set[str]:
+        """Shards with a whole copy on this medium."""
+        return {name for name, file in node.disk.shards().items() if self.hash_of(file) == name}
+
+    def bad_shards(self, node: SimulatedNode) -> set[str]:
+        return {name for name, file in node.disk.shards().items() if self.hash_of(file) != name}
+
+    def document_ids(self, node: SimulatedNode) -> set[str]:
+        """Documents that are on this medium with their signatures, whole."""
+        place = STORE if node.is_worker else str(
+            self._cluster.directory / node.name / "documents"
+        )
+        files = node.disk.durable_files(f"{place}/catalogue")
+        found = set()
+        for name, file in files.items():
+            stem, _, suffix = name.partition(".")
+            if suffix != "json" or f"{stem}.sig" not in files or self.hash_of(file) != stem:
+                continue
+            found.add(stem)
+            if stem not in self.documents:
+                self._learn(stem, json.loads(file.durable))
+        return found
+
+    def _learn(self, document_id: str, document: dict[str, Any]) -> None:
+        self.documents[document_id] = document
+        self.new_documents.append(document_id)
+        if document["kind"] == "manifest" and document["format"] == 1:
+            self.versions[document_id] = Version(
+                document_id,
+                document["name"],
+                document["order"],
+                document["content_id"],
+                max(document["copies"], self._cluster.settings.copies),
+                tuple(shard for shard, _ in document["shards"]),
+            )
+        elif document["kind"] == "tombstone":
+            for version in document["versions"]:
+                self.tombstones.setdefault(version, set()).add(document_id)
+
+    def look(self) -> Look:
+        workers = self._cluster.workers
+        return Look(
+            {node.name: self.good_shards(node) for node in workers},
+            {node.name: self.document_ids(node) for node in self._cluster.nodes.values()},
+        )
+
+
+@dataclass
+class Look:
+    """All media at one moment."""
+
+    shards: dict[str, set[str]]  # by worker
+    documents: dict[str, set[str]]  # by node
+
+    def holders(self, shard: str, among: Iterable[str] | None = None) -> set[str]:
+        nodes = self.shards if among is None else among
+        return {node for node in nodes if shard in self.shards[node]}
+
+    def manifest_holders(self, version: str) -> set[str]:
+        return {node for node in self.shards if version in self.documents[node]}
+
+    def copies(self, version: Version) -> int:
+        """The smallest number of counted copies: on nodes that have the manifest, too."""
+        among = self.manifest_holders(version.id)
+        if not version.shards:
+            return len(among)
+        return min(len(self.holders(shard, among)) for shard in version.shards)
+
+
+class Guarantees:
+    """Checks, after each step and at each announcement."""
+
+    def __init__(self, cluster: SimulatedCluster, ledger: Ledger) -> None:
+        self.cluster = cluster
+        self.ledger = ledger
+        self.media = Media(cluster)
+        self.pending_retention: set[str] = set()
+
+    def check(self) -> None:
+        """Everything that must hold always."""
+        look = self.media.look()
+        self.check_protected_versions_exist(look)
+        self.check_no_bad_copy_by_itself(look)
+        self.check_documents(look)
+
+    def live_protected(self) -> list[Version]:
+        """Versions that were announced as protected and that nobody has removed."""
+        found = []
+        for version_id in self.ledger.protected:
+            version = self.media.versions.get(version_id)
+            if version is None:
+                self.cluster.fail(f"protected version {version_id[:12]} was on no medium")
+            elif not self.is_dead(version_id):
+                found.append(version)
+        return found
+
+    def is_dead(self, version_id: str) -> bool:
+        return version_id in self.media.tombstones or version_id in self.ledger.removable
+
+    # Guarantee 3: no protected version is lost.
+    def check_protected_versions_exist(self, look: Look) -> None:
+        for version in self.live_protected():
+            if not look.manifest_holders(version.id):
+                self.cluster.fail(f"no medium has the manifest of {version.name}@{version.id[:12]}")
+            for shard in version.shards:
+                if not look.holders(shard):
+                    self.cluster.fail(
+                        f"no medium has shard {shard[:12]} of {version.name}@{version.id[:12]}"
+                    )
+                    return
+
+    # Guarantees 2 and 5, and the durable write: what lies under a name has that hash.
+    def check_no_bad_copy_by_itself(self, look: Look) -> None:
+        for node in self.cluster.workers:
+            for shard in self.media.bad_shards(node):
+                if (node.name, shard) not in self.ledger.flipped:
+                    self.cluster.fail(f"{node.name} has a wrong file as shard {shard[:12]}")
+
+    # Guarantee 6: nobody forges.
+    def check_documents(self, look: Look) -> None:
+        for node, ids in look.documents.items():
+            for forged in ids & self.ledger.forged:
+                kind = self.media.documents[forged]["kind"]
+                self.cluster.fail(f"{node} admitted a forged {kind} {forged[:12]}")
+        new, self.media.new_documents = self.media.new_documents, []
+        for document_id in new:
+            document = self.media.documents[document_id]
+            if document["kind"] == "tombstone":
+                self.check_tombstone(look, document_id, document)
+
+    # Guarantee 4: retention never removes the last protected version of a run.
+    def check_tombstone(self, look: Look, document_id: str, document: dict[str, Any]) -> None:
+        for version in document["versions"]:
+            if document["reason"] == "rm":
+                if version not in self.ledger.removable and document_id not in self.ledger.forged:
+                    self.cluster.fail(f"{version[:12]} was removed, and nobody asked for it")
+            elif version in self.ledger.pinned:
+                self.cluster.fail(f"retention removed {version[:12]}, which is pinned")
+        if document["reason"] != "retention":
+            return
+        justified_by = self.media.versions.get(document["justified_by"])
+        if justified_by is None:
+            self.cluster.fail("retention is justified by a version that is on no medium")
+        elif self.is_dead(justified_by.id) and justified_by.id not in self.ledger.removable:
+            self.cluster.fail("retention is justified by a version that retention removed")
+        elif look.copies(justified_by) < 1:
+            self.cluster.fail("retention is justified by a version that is not whole")
+
+    # Guarantee 1: "protected" is said of what is flushed on enough nodes.
+    def check_announced(self, version_id: str) -> None:
+        look = self.media.look()
+        version = self.media.versions.get(version_id)
+        if version is None:
+            self.cluster.fail(f"{version_id[:12]} is said to be protected, and on no medium")
+            return
+        self.ledger.protected.add(version_id)
+        if self.is_dead(version_id):
+            return
+        copies = look.copies(version)
+        recent = self._recently_damaged(version.shards)
+        if copies < version.copies and not recent:
+            self.cluster.fail(
+                f"{version.name}@{version_id[:12]} is said to be protected with {version.copies} "
+                f"copies, and media have {copies}"
+            )
+
+    def _recently_damaged(self, shards: Iterable[str]) -> bool:
+        since_s = self.cluster.kernel.now_s - RECENT_DAMAGE_S
+        return any(self.ledger.damaged_at_s.get(shard, -1e9) >= since_s for shard in shards)
+
+    # Design 3: a copy is dropped only when enough others are kept.
+    def check_removed(self, node: SimulatedNode, shard: str) -> None:
+        """Called when a node has just removed the name of a whole copy."""
+        since_s = self.cluster.kernel.now_s - RECENT_DAMAGE_S
+        if self.ledger.damaged_at_s.get(shard, -1e9) >= since_s:
+            return
+        look = self.media.look()
+        others = look.holders(shard) - {node.name}
+        for version in self.live_protected():
+            if shard in version.shards and len(others) < version.copies:
+                self.cluster.fail(
+                    f"{node.name} dropped shard {shard[:12]} of {version.name}@"
+                    f"{version.id[:12]}, and only {sorted(others)} have it"
+                )
+
+    def may_damage(self, node: SimulatedNode, shards: Iterable[str]) -> bool:
+        """Whether the guarantees survive the loss of these copies: we never destroy the last
+        good one of a protected version, as that is not promised."""
+        look = self.media.look()
+        lost = set(shards)
+        if node.wiped:
+            return False
+        for version in self.live_protected():
+            if not look.manifest_holders(version.id) - {node.name}:
+                return False
+            for shard in lost.intersection(version.shards):
+                if not look.holders(shard) - {node.name}:
+                    return False
+        return True

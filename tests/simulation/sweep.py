@@ -1,0 +1,71 @@
+"""Running many seeds on all cores, or one seed with its trace."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import multiprocessing
+import shutil
+import time
+from collections import Counter
+
+from tests.simulation.cluster import Pki, ram_directory
+from tests.simulation.scenario import Outcome, run_seed
+from tests.simulation.substitutes import trace_to
+
+_pki: Pki | None = None
+
+
+def pki() -> Pki:
+    """Certificates of this process."""
+    global _pki
+    if _pki is None:
+        directory = ram_directory()
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        _pki = Pki(directory / "pki")
+    return _pki
+
+
+def run_one(seed: int) -> Outcome:
+    gc.disable()
+    try:
+        return run_seed(seed, pki())
+    finally:
+        gc.enable()
+        gc.collect()
+
+
+def replay(seed: int) -> int:
+    """One seed, with everything that happens."""
+    trace_to(print)
+    outcome = run_seed(seed, pki(), write=print)
+    for failure in outcome.failures:
+        print(f"VIOLATION {failure}")
+    print(f"seed {seed}: {outcome.virtual_s:.0f} virtual seconds, {outcome.counts}")
+    return 1 if outcome.failures else 0
+
+
+def sweep(first: int, count: int, workers: int) -> int:
+    """Many seeds; whether all hold."""
+    began_s = time.perf_counter()
+    failed: list[Outcome] = []
+    done = virtual_s = 0
+    counts: Counter[str] = Counter()
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers) as pool:
+        for outcome in pool.imap_unordered(run_one, range(first, first + count)):
+            done += 1
+            virtual_s += int(outcome.virtual_s)
+            counts.update(outcome.counts)
+            if outcome.failures:
+                failed.append(outcome)
+                print(f"seed {outcome.seed}: {outcome.failures[0]}", flush=True)
+    took_s = time.perf_counter() - began_s
+    print(
+        f"{done} seeds in {took_s:.0f} s ({done / took_s:.2f} seeds/s), {virtual_s / 3600:.0f} "
+        f"virtual hours, {len(failed)} failed"
+    )
+    print(", ".join(f"{what} {number}" for what, number in sorted(counts.items())))
+    if failed:
+        print("replay one with: make sim SEED=" + str(min(o.seed for o in failed)))
+    return 1 if failed else 0
