@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 
-from tests.simulation.sweep import replay, sweep
+from tests.simulation.sweep import hunt_all, replay, sweep
 
 
 def main() -> int:
@@ -15,7 +15,15 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--seed", type=int, help="run this one alone, and show what happens")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument(
+        "--mutants", nargs="?", const="", help="plant faults (those whose name has this text)"
+    )
     options = parser.parse_args()
+    if os.environ.get("PYTHONHASHSEED") != "0":  # else sets would come in another order each time
+        os.environ["PYTHONHASHSEED"] = "0"
+        os.execv(sys.executable, [sys.executable, "-m", "tests.simulation", *sys.argv[1:]])
+    if options.mutants is not None:
+        return hunt_all(options.seeds, options.processes, options.mutants)
     if options.seed is not None:
         return replay(options.seed)
     return sweep(options.first, options.seeds, options.processes)

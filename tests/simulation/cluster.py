@@ -139,6 +139,7 @@ class SimulatedNode:
         self.process: Process | None = None
         self.node: Node | None = None
         self.lives = 0
+        self.started_s = 0.0
         self.wiped = False
         cluster.network.hosts[address] = self.host
 
@@ -158,6 +159,7 @@ class SimulatedNode:
         if not self.host.powered or not self.host.boots:
             self.host.power_on(kernel.now_s)
         self.lives += 1
+        self.started_s = kernel.now_s
         self.process = Process(self.host, self.name)
         self.process.disk = self.disk
         self.cluster.note(f"{self.name} starts")

@@ -47,6 +47,9 @@ class SimulatedDisk(ModelDisk):
         self.fault = 0
         self.bad_reads = 0
         self.slowness = 1.0
+        self.last_call: tuple[str, int] | None = None  # dies after so many of these calls
+        self.on_last_call: Callable[[], None] = lambda: None
+        self.on_removed: Callable[[str, bytes], None] | None = None
         self.used_bytes = sum(
             _rounded(len(node.seen)) for node in self._nodes() if isinstance(node, File)
         )
@@ -64,12 +67,14 @@ class SimulatedDisk(ModelDisk):
 
     def after_crash(self, *, power_cut: bool) -> SimulatedDisk:
         """What the next process finds. Without a power cut that is everything that was written."""
+        self.last_call = None
         if not power_cut:
             self.restart_process()
             return self
         root = self.root_after_power_cut(self._chooser)
         disk = SimulatedDisk(self._chooser, capacity_bytes=self.capacity_bytes, root=root)
         disk.slowness = self.slowness
+        disk.on_removed = self.on_removed
         return disk
 
     def duration_s(self, call: str) -> float:
@@ -119,6 +124,8 @@ class SimulatedDisk(ModelDisk):
         super().unlink(path)
         if isinstance(node, File):
             self.used_bytes -= _rounded(len(node.seen))
+            if path.startswith(f"{STORE}/shards/") and self.on_removed is not None:
+                self.on_removed(name, bytes(node.seen))
 
     # For those who check and damage
 
@@ -196,9 +203,23 @@ def _routed(name: str) -> Callable[..., Any]:
                 kernel().block(pause_s, "disk")
         if disk.fault and name not in _NEVER_FAIL:
             disk.check(str(arguments[0]))
-        return getattr(disk, name)(*arguments, **named)
+        result = getattr(disk, name)(*arguments, **named)
+        if disk.last_call is not None and disk.last_call[0] == name:
+            _count_down(disk)
+        return result
 
     return call
+
+
+def _count_down(disk: SimulatedDisk) -> None:
+    """After the last call of its process, nothing of it goes on."""
+    assert disk.last_call is not None
+    name, left = disk.last_call
+    disk.last_call = (name, left - 1) if left > 1 else None
+    if left <= 1:
+        kernel().call_soon(disk.on_last_call, context=kernel().in_process(None))
+        if kernel().current is not None:
+            kernel().block(None, "death")
 
 
 __all__ = ["STORE", "DirectoryEntry", "Process", "SimulatedDisk", "route_calls"]

@@ -45,7 +45,9 @@ class Ledger:
     removable: set[str] = field(default_factory=set)  # by a command that was begun
     pinned: set[str] = field(default_factory=set)
     forged: set[str] = field(default_factory=set)  # ids of documents that nobody may admit
-    flipped: set[tuple[str, str]] = field(default_factory=set)  # (node, shard) that we damaged
+    # When we damaged a copy, by (node, shard); when reads of a node began to go wrong.
+    flipped: dict[tuple[str, str], float] = field(default_factory=dict)
+    misread_at_s: dict[str, float] = field(default_factory=dict)
     damaged_at_s: dict[str, float] = field(default_factory=dict)  # by shard
 
 
@@ -226,20 +228,30 @@ class Guarantees:
         if self.is_dead(version_id):
             return
         copies = look.copies(version)
-        recent = self._recently_damaged(version.shards)
-        if copies < version.copies and not recent:
+        if copies < version.copies and not self._is_excused(version.shards):
             self.cluster.fail(
                 f"{version.name}@{version_id[:12]} is said to be protected with {version.copies} "
                 f"copies, and media have {copies}"
             )
 
-    def _recently_damaged(self, shards: Iterable[str]) -> bool:
-        since_s = self.cluster.kernel.now_s - RECENT_DAMAGE_S
-        return any(self.ledger.damaged_at_s.get(shard, -1e9) >= since_s for shard in shards)
+    def _is_excused(self, shards: Iterable[str]) -> bool:
+        """Whether a copy was damaged since its node last hashed it: that is found by the next
+        scrub. One that was damaged before the node's start is never believed unhashed."""
+        for node in self.cluster.workers:
+            if self.ledger.misread_at_s.get(node.name, -1e9) > self.cluster.kernel.now_s - 300:
+                return True
+            for shard in shards:
+                at_s = self.ledger.flipped.get((node.name, shard))
+                if at_s is not None and at_s >= node.started_s:
+                    return True
+        return False
 
-    # Design 3: a copy is dropped only when enough others are kept.
-    def check_removed(self, node: SimulatedNode, shard: str) -> None:
-        """Called when a node has just removed the name of a whole copy."""
+    # Design 3: a copy is dropped only when enough others are kept; guarantee 5: never a bad one.
+    def check_removed(self, node: SimulatedNode, shard: str, content: bytes) -> None:
+        """Called when a node has just removed the name of a copy."""
+        if hashlib.sha256(content).hexdigest() != shard:
+            self.cluster.fail(f"{node.name} deleted a corrupt copy of shard {shard[:12]}")
+            return
         since_s = self.cluster.kernel.now_s - RECENT_DAMAGE_S
         if self.ledger.damaged_at_s.get(shard, -1e9) >= since_s:
             return

@@ -8,8 +8,10 @@ import json
 import os
 import random
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -106,6 +108,7 @@ class Scenario:
             if rng.random() < 0.3:
                 node.host.wall_offset_s = rng.uniform(-TEN_YEARS_S, TEN_YEARS_S)
             node.disk.slowness = rng.choice((0.3, 1.0, 5.0))
+            node.disk.on_removed = partial(self.guarantees.check_removed, node)
             node.start()
             self.cluster.run(rng.uniform(0.0, 5.0))
         if rng.random() < 0.3:
@@ -131,7 +134,8 @@ class Scenario:
 
     def _commands(self) -> list[Callable[[], None]]:
         return [
-            *(4 * [self._store]), self._store_again, *(2 * [self._restore]), self._remove,
+            *(4 * [self._store]), self._store_again, self._store_changing,
+            self._store_while_a_node_dies, self._rot_while_off, *(2 * [self._restore]), self._remove,
             self._pin, self._unpin, self._undelete, self._verify, self._forge,
         ]  # fmt: skip
 
@@ -230,6 +234,80 @@ class Scenario:
                 )
 
         self.begin(f"store {name}", lambda cluster: store(cluster, root, name=name), done)
+
+    def _store_changing(self) -> None:
+        """A trainer writes into a file while it is being stored."""
+        name = self.rng.choice(NAMES)
+        before = {"big.bin": self.rng.randbytes(200_000), "other.bin": self.rng.randbytes(500)}
+        position = self.rng.randrange(200_000)
+        after = {**before, "big.bin": _changed(before["big.bin"], position)}
+        self.ledger.contents.setdefault(name, []).extend([before, after])
+        root = self._write(before)
+        time.sleep(0.006)  # so that the real file system gives the change a later time
+
+        def change() -> None:
+            with open(root / "big.bin", "r+b") as file:
+                file.seek(position)
+                file.write(after["big.bin"][position : position + 1])
+
+        self.cluster.kernel.call_later(self.rng.uniform(0.0, 0.4), change)
+
+        def done(result: Any) -> None:
+            if result.state == "protected":
+                self.guarantees.check_announced(result.version)
+
+        self.begin(f"store {name}", lambda cluster: store(cluster, root, name=name), done)
+
+    def _store_while_a_node_dies(self) -> None:
+        """A node dies at some call to its disk, comes back, and the same is stored again."""
+        name = self.rng.choice(NAMES)
+        content = self._content(name)
+        node = self.rng.choice(self.cluster.workers)
+        if not node.running:
+            return
+        power_cut = self.rng.random() < 0.5
+        disk = node.disk
+        call = self.rng.choice(("pwrite", "fsync", "rename", "rename", "fsync_directory"))
+        disk.last_call = (call, self.rng.randint(1, 12))
+
+        def die() -> None:
+            self.cluster.note(f"{node.name} dies after a call of {call}")
+            node.crash(power_cut=power_cut)
+
+        disk.on_last_call = die
+        self._store_content(name, content)
+        self.cluster.run(self.rng.uniform(1.0, 5.0))
+        disk.last_call = None
+        node.start()
+        self.cluster.run(self.rng.uniform(1.0, 20.0))
+        self._store_content(self.rng.choice(NAMES), content)
+
+    def _rot_while_off(self) -> None:
+        """A copy rots while its node is off; then the same content is stored once more."""
+        live = [v for v in self.guarantees.live_protected() if v.id in self.ledger.of_version]
+        if not live:
+            return
+        version = self.rng.choice(sorted(live, key=lambda version: version.id))
+        look = self.guarantees.media.look()
+        holders = [
+            (node, shard)
+            for node in self.cluster.workers
+            for shard in version.shards
+            if shard in look.shards[node.name] and node.host.asleep_since_s is None
+        ]
+        if not holders:
+            return
+        node, shard = self.rng.choice(holders)
+        if not self.guarantees.may_damage(node, [shard]):
+            return
+        node.crash(power_cut=False)
+        if shard not in self.guarantees.media.good_shards(node):
+            return
+        self._damage(node, shard)
+        self.cluster.run(1.0)
+        node.start()
+        self.cluster.run(self.rng.uniform(5.0, 30.0))
+        self._store_content("copy/of-it", self.ledger.of_version[version.id])
 
     def _newest_that_is_reachable(self, name: str) -> tuple[str, int] | None:
         """The newest version of a name that every worker has, while all are in reach: what is
@@ -462,8 +540,11 @@ class Scenario:
         shard = self.rng.choice(whole)
         if not self.guarantees.may_damage(node, [shard]):
             return
+        self._damage(node, shard)
+
+    def _damage(self, node: SimulatedNode, shard: str) -> None:
         self.cluster.note(f"a bit of shard {shard[:12]} flips on {node.name}")
-        self.ledger.flipped.add((node.name, shard))
+        self.ledger.flipped[node.name, shard] = self.now_s
         self.ledger.damaged_at_s[shard] = self.now_s
         node.disk.flip_bit(node.disk.shards()[shard])
 
@@ -471,6 +552,7 @@ class Scenario:
         node = self.rng.choice(self.cluster.workers)
         self.cluster.note(f"{node.name} reads wrong bits")
         node.disk.bad_reads = self.rng.choice((1, 1, 3))
+        self.ledger.misread_at_s[node.name] = self.now_s
         for shard in node.disk.shards():
             self.ledger.damaged_at_s[shard] = self.now_s
 
@@ -525,6 +607,18 @@ class Scenario:
         for node, ids in catalogues.items():
             if ids != everything:
                 return [f"{node} lacks {len(everything - ids)} documents"]
+        return self._disagreements()
+
+    def _disagreements(self) -> list[str]:
+        """Nodes whose catalogue says something else than the documents that all of them have."""
+        media = self.guarantees.media
+        dead = media.tombstones.keys()
+        live = media.versions.keys() - dead
+        for node in self.cluster.nodes.values():
+            assert node.node is not None
+            said = {version.id for version in node.node.records.catalogue.live_versions()}
+            if said != live:
+                return [f"{node.name} takes {len(said ^ live)} versions for live or dead wrongly"]
         return []
 
     def _final_restores(self) -> None:
@@ -536,6 +630,10 @@ class Scenario:
             while self.running and not self.cluster.failures:
                 self.cluster.run(5.0)
                 self.reap()
+
+
+def _changed(data: bytes, position: int) -> bytes:
+    return data[:position] + bytes([data[position] ^ 255]) + data[position + 1 :]
 
 
 def run_seed(

@@ -9,7 +9,9 @@ import shutil
 import time
 from collections import Counter
 
+from tests.simulation import substitutes
 from tests.simulation.cluster import Pki, ram_directory
+from tests.simulation.mutants import MUTANTS
 from tests.simulation.scenario import Outcome, run_seed
 from tests.simulation.substitutes import trace_to
 
@@ -69,3 +71,34 @@ def sweep(first: int, count: int, workers: int) -> int:
     if failed:
         print("replay one with: make sim SEED=" + str(min(o.seed for o in failed)))
     return 1 if failed else 0
+
+
+def hunt(task: tuple[int, int]) -> tuple[str, int | None, str, float]:
+    """Runs seeds with one mutant planted until one finds it: its name, the seed, what was found."""
+    number, seeds = task
+    mutant = MUTANTS[number]
+    began_s = time.perf_counter()
+    pki()  # made with real chance
+    substitutes.install()
+    mutant.plant()
+    for seed in range(seeds):
+        outcome = run_one(seed)
+        if outcome.failures:
+            return mutant.name, seed, outcome.failures[0], time.perf_counter() - began_s
+    return mutant.name, None, "", time.perf_counter() - began_s
+
+
+def hunt_all(seeds: int, processes: int, only: str) -> int:
+    """All mutants; whether each was found."""
+    missed = []
+    tasks = [(n, seeds) for n, mutant in enumerate(MUTANTS) if only in mutant.name]
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(processes, maxtasksperchild=1) as pool:
+        for name, seed, failure, took_s in pool.imap_unordered(hunt, tasks, chunksize=1):
+            if seed is None:
+                missed.append(name)
+                print(f"NOT CAUGHT within {seeds} seeds ({took_s:.0f} s): {name}", flush=True)
+            else:
+                print(f"caught by seed {seed} ({took_s:.0f} s): {name}: {failure}", flush=True)
+    print(f"{len(tasks) - len(missed)} of {len(tasks)} planted faults caught")
+    return 1 if missed else 0
