@@ -1,13 +1,15 @@
 # What people do with this repository. Each target sets up what it needs, as an ordinary user.
-# VENV=DIR uses another virtual environment; ARGS="…" is handed on to demo, test* and bench*.
+# VENV=DIR uses another virtual environment; ARGS="…" is handed on to demo, test*, sim* and bench*.
 VENV ?= .venv
 ARGS ?=
+SEEDS ?= 300
+SEED ?=
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/ckptd-installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long test-root lint types format bench bench-shards lock clean
+.PHONY: help demo test test-long test-root sim sim-mutants lint types format bench bench-shards lock clean
 
 help: ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -27,6 +29,12 @@ test-long: $(READY) ## kill rounds, gigabytes, every fault point
 test-root: $(READY) ## what needs root; fails without it
 	@[ "$$(id -u)" -eq 0 ] || { echo "make test-root needs root: sudo make test-root" >&2; exit 1; }
 	@$(PYTHON) -m pytest tests -m root $(ARGS)
+
+sim: $(READY) ## clusters on virtual time under faults: SEEDS=300 of them, or SEED=n with its trace
+	@$(PYTHON) -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(SEEDS)) $(ARGS)
+
+sim-mutants: $(READY) ## whether the simulation finds faults that are planted on purpose
+	@$(PYTHON) -m tests.simulation --mutants --seeds $(SEEDS) $(ARGS)
 
 lint: $(READY) ## ruff: rules and formatting
 	@$(PYTHON) -m ruff check .

@@ -56,9 +56,7 @@ class Pki:
 
     def signer(self, name: str) -> Signer:
         at = self.directory
-        return Signer.from_pem(
-            (at / f"{name}.pem").read_bytes(), (at / f"{name}.key").read_bytes()
-        )
+        return Signer.from_pem((at / f"{name}.pem").read_bytes(), (at / f"{name}.key").read_bytes())
 
     def section(self, name: str) -> dict[str, str]:
         at = self.directory
@@ -235,20 +233,21 @@ class SimulatedCluster:
         roles = [("worker", name) for name in WORKERS[: self.settings.workers]]
         roles += [("coordinator", name) for name in COORDINATORS[: self.settings.coordinators]]
         for number, (role, name) in enumerate(roles):
-            address = f"10.0.0.{number + 1}"
-            config = _config(self.pki, self.settings, name, role, address, self.directory)
-            disk = self.new_disk()
-            node = SimulatedNode(self, name, address, config, disk)
-            self.nodes[name] = node
-            if role == "worker":
-                self.initialise(node.host, disk)
-            else:
-                disk.make_parents(str(self.directory / name / "documents"))
+            self._add_node(role, name, f"10.0.0.{number + 1}")
         self.client_config = _config(self.pki, self.settings, "client", None, "", self.directory)
         sys.modules["ckptd.node.daemon"].__dict__["boot_id"] = _boot_id
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def _add_node(self, role: str, name: str, address: str) -> None:
+        config = _config(self.pki, self.settings, name, role, address, self.directory)
+        disk = self.new_disk()
+        node = self.nodes[name] = SimulatedNode(self, name, address, config, disk)
+        if role == "worker":
+            self.initialise(node.host, disk)
+        else:
+            disk.make_parents(str(self.directory / name / "documents"))
+
+    def __exit__(self, *error: object) -> None:
         for node in self.nodes.values():
             if node.process is not None:
                 self.end(node.process, silent=True)
@@ -299,6 +298,7 @@ class SimulatedCluster:
                 stream.on_readable = None
 
     def note(self, text: str) -> None:
+        text = text.replace(str(self.directory), "…")
         line = f"{self.kernel.now_s:12.3f} {'*':10} {text}"
         self.trace.append(line)
         if self.write is not None:

@@ -41,7 +41,9 @@ class SimulatedDisk(ModelDisk):
     def __init__(
         self, chooser: random.Random, *, capacity_bytes: int, root: Directory | None = None
     ) -> None:
-        super().__init__(root, can_allocate=chooser.random() < 0.7)
+        super().__init__(
+            root, can_allocate=chooser.random() < 0.7, can_bypass=chooser.random() < 0.7
+        )
         self._chooser = chooser
         self.capacity_bytes = capacity_bytes
         self.fault = 0
@@ -173,9 +175,9 @@ def _parents(path: str) -> list[str]:
 
 
 _CALLS: Final = (
-    "open", "close", "duplicate", "pwrite", "pread_into", "fsync", "fsync_directory", "fallocate",
+    "open", "close", "pwrite", "pread_into", "fsync", "fsync_directory", "fallocate",
     "rename", "mkdir", "rmdir", "unlink", "list_directory", "identify", "identify_path",
-    "drop_cache", "volume", "lock",
+    "drop_cache", "bypass_cache", "volume", "lock",
 )  # fmt: skip
 _NEVER_FAIL: Final = frozenset({"close"})
 

@@ -78,9 +78,7 @@ class Media:
 
     def document_ids(self, node: SimulatedNode) -> set[str]:
         """Documents that are on this medium with their signatures, whole."""
-        place = STORE if node.is_worker else str(
-            self._cluster.directory / node.name / "documents"
-        )
+        place = STORE if node.is_worker else str(self._cluster.directory / node.name / "documents")
         files = node.disk.durable_files(f"{place}/catalogue")
         found = set()
         for name, file in files.items():

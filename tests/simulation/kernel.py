@@ -2,8 +2,9 @@
 
 Everything that runs in a simulation belongs to a `Process` of some `Host`; a context variable says
 to which. The loop is asyncio's own, with a selector that waits for nothing but virtual time. A
-simulated thread is a real one that holds the turn: it runs until it blocks in one of our primitives,
-then the loop goes on. So at any moment one thread runs, and the order is decided here alone.
+simulated thread is a real one that holds the turn: it runs until it blocks in one of our
+primitives, then the loop goes on. So at any moment one thread runs, and the order is decided here
+alone.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ class Kernel(asyncio.BaseEventLoop):
         self._turn = _thread.allocate_lock()
         self._turn.acquire()
         self.failures: list[str] = []
-        self.set_task_factory(self._make_task)
+        self.set_task_factory(self._make_task)  # type: ignore[arg-type]
         self.set_exception_handler(self._note_failure)
 
     # -- asyncio's side
@@ -181,10 +182,9 @@ class Kernel(asyncio.BaseEventLoop):
             if handle._cancelled:
                 continue
             process = handle._context.get(PROCESS)
-            if process is not None:
-                if process.host.asleep_since_s is not None:
-                    process.host.defer(handle)
-                    continue
+            if process is not None and process.host.asleep_since_s is not None:
+                process.host.defer(handle)
+                continue
             self.steps += 1
             handle._run()
 
@@ -223,7 +223,9 @@ class Kernel(asyncio.BaseEventLoop):
             return
         self.failures.append(f"{context.get('message')}: {error!r}")
 
-    def run_in_executor(self, executor: Any, work: Callable[..., _T], *arguments: Any) -> Any:
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, work: Callable[..., _T], *arguments: Any
+    ) -> Any:
         from tests.simulation.threads import run_in_thread
 
         return run_in_thread(self, executor, work, arguments)
@@ -361,4 +363,3 @@ class Kernel(asyncio.BaseEventLoop):
         for carrier in self.carriers:
             carrier.stop()
         self.carriers.clear()
-

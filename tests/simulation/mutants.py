@@ -13,7 +13,6 @@ import textwrap
 from dataclasses import dataclass
 from typing import Any, Final
 
-
 _FUTURE: Final = "from __future__ import annotations\n"
 
 
@@ -86,7 +85,7 @@ MUTANTS: Final = (
     Mutant(
         "the start believes names that were not flushed",
         "ckptd.store.shards:ShardStore._scan",
-        'self._filesystem.fsync_directory(os.path.join(root, entry.name))',
+        "self._filesystem.fsync_directory(os.path.join(root, entry.name))",
         "pass",
     ),
     Mutant(

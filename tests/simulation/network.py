@@ -294,6 +294,10 @@ class SimulatedSocket:
             return False
         return True
 
+    def wait_for_more(self, than: int) -> None:
+        """In a simulated thread: until more bytes are here, or the end is."""
+        self._wait_until(lambda: len(self.inbox) > than or self.ended or self.error is not None)
+
     def _wait_until(self, condition: Callable[[], bool], timeout_s: float | None = None) -> None:
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         if self.closed:
@@ -351,15 +355,6 @@ class SimulatedSocket:
         context.check(self.certificate)
         return True
 
-    def do_handshake(self) -> None:
-        """The server's side, not blocking."""
-        context = self.context
-        if not self.take_greeting(context):
-            raise real_ssl.SSLWantReadError
-        self.greet(context.certificate)
-
-    context: SimulatedContext
-
 
 class SimulatedContext:
     """As ssl.SSLContext: holds a certificate and the CA's."""
@@ -386,24 +381,6 @@ class SimulatedContext:
             except Exception as error:
                 raise real_ssl.SSLError(1, f"certificate verify failed: {error}") from error
             _verified.add(key)
-
-    def wrap_socket(
-        self,
-        sock: SimulatedSocket,
-        server_side: bool = False,
-        do_handshake_on_connect: bool = True,
-        **_: object,
-    ) -> SimulatedSocket:
-        sock.context = self
-        if server_side:
-            return sock
-        sock.greet(self.certificate)
-        while not sock.take_greeting(self):
-            size = len(sock.inbox)
-            sock._wait_until(
-                lambda: len(sock.inbox) > size or sock.ended or sock.error is not None
-            )
-        return sock
 
 
 _verified: set[tuple[bytes, bytes]] = set()
@@ -477,6 +454,58 @@ def create_connection(address: tuple[str, int], timeout: float | None = None) ->
     return sock
 
 
+class SimulatedTlsStream:
+    """As ckptd.net.tls_stream.TlsStream, without TLS."""
+
+    def __init__(
+        self, raw: SimulatedSocket, context: SimulatedContext, *, server_side: bool
+    ) -> None:
+        self.tls = raw
+        self._context = context
+        self._server_side = server_side
+        self.fileno = raw.fileno
+        self.settimeout = raw.settimeout
+        self.recv_into = raw.recv_into
+        self.sendall = raw.sendall
+        self.close = raw.close
+
+    def shake_hands(self) -> None:
+        self.tls.greet(self._context.certificate)
+        while not self.tls.take_greeting(self._context):
+            self.tls.wait_for_more(len(self.tls.inbox))
+
+    async def shake_hands_on_loop(self) -> None:
+        await shaken(self.tls, self._context)
+        self.tls.greet(self._context.certificate)
+
+    def pending(self) -> bool:
+        return False
+
+    def rest(self) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        self.tls.shutdown(real_socket.SHUT_RDWR)
+
+
+async def shaken(sock: SimulatedSocket, context: SimulatedContext) -> None:
+    """On the loop: the other side's certificate is here."""
+    while not sock.take_greeting(context):
+        size = len(sock.inbox)
+        while len(sock.inbox) == size and not sock.ended and sock.error is None:
+            await readable(sock)
+
+
+async def readable(sock: SimulatedSocket) -> None:
+    """On the loop: something has come."""
+    arrived = asyncio.Event()
+    sock.on_readable = arrived.set
+    try:
+        await arrived.wait()
+    finally:
+        sock.on_readable = None
+
+
 class Poll:
     """As select.poll, for one socket."""
 
@@ -548,16 +577,19 @@ class SimulatedTransport(asyncio.Transport):
 
     def _read(self) -> None:
         sock = self._sock
-        if self._lost or self._paused:
+        if not self._reads():
             return
         if sock.inbox and not self._closing:
             self._protocol.data_received(sock.take_all())
-        if self._lost or self._paused:
+        if not self._reads():
             return
         if sock.error is not None:
             self._lose(sock.error)
         elif sock.ended:
             self._lose(None)
+
+    def _reads(self) -> bool:
+        return not (self._lost or self._paused)
 
     def _lose(self, error: Exception | None) -> None:
         if self._lost:
@@ -600,7 +632,9 @@ class SimulatedTransport(asyncio.Transport):
 class SimulatedLoop(Kernel):
     """The kernel with what the product asks of a loop about sockets."""
 
-    def add_reader(self, fd: Any, callback: Callable[..., Any], *args: Any) -> None:
+    def add_reader(  # type: ignore[override]
+        self, fd: Any, callback: Callable[..., Any], *args: Any
+    ) -> None:
         sock = NETWORK[-1].streams[fd]
         sock.on_readable = lambda: callback(*args)
         if sock.readable():
@@ -617,12 +651,7 @@ class SimulatedLoop(Kernel):
         while not sock.accepted:
             if sock.closed:
                 raise OSError(errno.EBADF, "closed")
-            arrived = self.create_future()
-            sock.on_readable = lambda: arrived.done() or arrived.set_result(None)
-            try:
-                await arrived
-            finally:
-                sock.on_readable = None
+            await readable(sock)
         accepted = sock.accepted.pop(0)
         return accepted, accepted.getpeername()
 
@@ -637,7 +666,7 @@ class SimulatedLoop(Kernel):
         _finish_connection(network, sock, (host, port))
         try:
             sock.greet(ssl.certificate)
-            await self._shaken(sock, ssl)
+            await shaken(sock, ssl)
         except BaseException:
             sock.close()
             raise
@@ -647,18 +676,7 @@ class SimulatedLoop(Kernel):
     async def connect_accepted_socket(  # type: ignore[override]
         self, factory: Callable[[], Any], sock: Any, *, ssl: Any, **_: Any
     ) -> tuple[SimulatedTransport, Any]:
-        await self._shaken(sock, ssl)
+        await shaken(sock, ssl)
         sock.greet(ssl.certificate)
         protocol = factory()
         return SimulatedTransport(self, sock, protocol), protocol
-
-    async def _shaken(self, sock: SimulatedSocket, context: SimulatedContext) -> None:
-        while not sock.take_greeting(context):
-            size = len(sock.inbox)
-            while len(sock.inbox) == size and not sock.ended and sock.error is None:
-                arrived = self.create_future()
-                sock.on_readable = lambda: arrived.done() or arrived.set_result(None)
-                try:
-                    await arrived
-                finally:
-                    sock.on_readable = None

@@ -1,4 +1,4 @@
-"""What the product's modules get in place of clocks, chance, threads, sockets, TLS and system calls.
+"""What the product gets in place of clocks, chance, threads, sockets, TLS and system calls.
 
 Modules are substituted by name in each module of ckptd, once in a process; nothing of the product
 itself is replaced, but for its HTTP pages, which nobody reads here.
@@ -12,10 +12,10 @@ import datetime as real_datetime
 import importlib
 import pkgutil
 import random as real_random
+import re
 import secrets as real_secrets
 import select as real_select
 import socket as real_socket
-import ssl as real_ssl
 import sys
 import threading as real_threading
 import time as real_time
@@ -30,10 +30,12 @@ from tests.simulation.network import (
     SimulatedSelect,
     SimulatedSocketModule,
     SimulatedSsl,
+    SimulatedTlsStream,
 )
 from tests.simulation.threads import KERNEL, Pool, SimulatedThreading
 
 import ckptd
+from ckptd.net.tls_stream import TlsStream
 
 # Parts that no simulated process runs.
 _NOT_SIMULATED: Final = ("ckptd.cli.", "ckptd.__main__")
@@ -120,6 +122,7 @@ class _NoPages:
         pass
 
 
+_RAM_DIRECTORY: Final = re.compile(r"/\S*ckptd-sim-\w+")  # another one each time
 _installed = False
 _trace: list[Callable[[str], None]] = []
 
@@ -136,7 +139,7 @@ def _log_line(logger: object, level: str, event: Any) -> Any:
         what = event.pop("event", "")
         error = event.pop("exc_info", None)
         fields = " ".join(f"{key}={_short(value)}" for key, value in event.items())
-        _trace[-1](f"{now_s:12.3f} {process and process.name or '-':10} {what} {fields}")
+        _trace[-1](f"{now_s:12.3f} {(process and process.name) or '-':10} {what} {fields}")
         if error:
             import traceback
 
@@ -147,7 +150,7 @@ def _log_line(logger: object, level: str, event: Any) -> Any:
 
 
 def _short(value: object) -> str:
-    text = str(value)
+    text = _RAM_DIRECTORY.sub("…", str(value))
     return text[:16] if len(text) == 64 else text
 
 
@@ -167,6 +170,7 @@ def install() -> None:
         ("datetime", real_datetime.datetime, SimulatedDatetime),
         ("ThreadPoolExecutor", concurrent.futures.ThreadPoolExecutor, Pool),
         ("Random", real_random.Random, SeededRandom),
+        ("TlsStream", TlsStream, SimulatedTlsStream),
     ]
     for module in _modules():
         for name, real, substitute in substitutes:

@@ -6,8 +6,8 @@ from __future__ import annotations
 import errno
 
 import pytest
-from tests.unit.store.call_hooks import Hooked, fails_at
 from tests.model_disk import ModelDisk
+from tests.unit.store.call_hooks import Hooked, fails_at
 from tests.unit.store.workload import STORE_ID, faults, fill, whole_life
 
 from ckptd.errors import CkptdError, MediumFailed, NoRoom

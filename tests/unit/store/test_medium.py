@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
-from tests.unit.store.call_hooks import Call, Hooked
 from tests.model_disk import ModelDisk
+from tests.unit.store.call_hooks import Call, Hooked
 from tests.unit.store.workload import make_store
 
 from ckptd.errors import CkptdError, MediumFailed, NoRoom, StoreOperationFailed

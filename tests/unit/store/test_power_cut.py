@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.store.call_hooks import FLUSHES, Call, Hooked, ProcessDied, dies_at
 from tests.model_disk import File, ModelDisk
+from tests.unit.store.call_hooks import FLUSHES, Call, Hooked, ProcessDied, dies_at
 from tests.unit.store.workload import (
     FIRST,
     LATER,

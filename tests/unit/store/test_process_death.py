@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.unit.store.call_hooks import Hooked, ProcessDied, dies_at
 from tests.model_disk import ModelDisk
+from tests.unit.store.call_hooks import Hooked, ProcessDied, dies_at
 from tests.unit.store.workload import faults, whole_life
 
 from ckptd.store.filesystem import OPERATING_SYSTEM

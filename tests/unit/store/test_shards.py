@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.unit.store.call_hooks import Hooked
 from tests.model_disk import ModelDisk
+from tests.unit.store.call_hooks import Hooked
 from tests.unit.store.workload import (
     DOCUMENT,
     DOCUMENT_ID,

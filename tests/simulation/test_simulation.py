@@ -1,0 +1,46 @@
+"""The simulation runs, is the same each time, and finds faults. `make sim` runs it at large."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def simulate(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tests.simulation", *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": "0"},
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+
+
+def test_some_seeds_hold() -> None:
+    found = simulate("--seeds", "8", "--processes", "2")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "8 seeds" in found.stdout and " 0 failed" in found.stdout
+
+
+def test_a_seed_happens_in_the_same_way_each_time() -> None:
+    first, second = simulate("--seed", "3"), simulate("--seed", "3")
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert len(first.stdout.splitlines()) > 100
+    assert first.stdout == second.stdout
+
+
+@pytest.mark.parametrize(
+    "fault", ["acknowledged before the flush", "copies are confirmed that are not there"]
+)
+def test_a_planted_fault_is_found(fault: str) -> None:
+    found = simulate("--mutants", fault, "--seeds", "40", "--processes", "1")
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "caught by seed" in found.stdout
