@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 
 import pytest
+from tests.model_disk import ModelDisk
 from tests.unit.store.call_hooks import ProcessDied, dies_at
-from tests.unit.store.model_disk import ModelDisk
 from tests.unit.store.workload import STORE_ID, make_store
 
 from ckptd.errors import StoreOperationFailed
