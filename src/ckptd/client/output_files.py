@@ -25,13 +25,11 @@ WRITEBACK_BYTES: Final = 8 * 1024 * 1024
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file to write. `path` is relative to the staging directory; `sha256` is None when nothing
-    but its shards vouches for it (a file that is merged of tensors)."""
+    """A file to write. `path` is relative to the staging directory."""
 
     path: str
     size: int
     mode: int
-    sha256: str | None
 
 
 class _CannotBypass(Exception):
@@ -111,17 +109,6 @@ class OutputFiles:
         """Reads at `offset`; the count of bytes, 0 at the end."""
         with self._errors(output), self._opened(output) as descriptor:
             return os.preadv(descriptor, [view], offset)
-
-    def read_blocks(self, output: int, view: memoryview, offset: int) -> int:
-        """As `read_into`, past the page cache where that is possible: whole blocks, into an aligned
-        buffer."""
-        if self._can_bypass:
-            try:
-                with self._errors(output), self._opened(output, past_cache=True) as descriptor:
-                    return os.preadv(descriptor, [view], offset)
-            except _CannotBypass:
-                self._can_bypass = False
-        return self.read_into(output, view, offset)
 
     def finish(self, output: int) -> None:
         """Gives a file its mode, and returns when it is on the medium."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from ckptd.client.progress import Progress
@@ -37,25 +37,15 @@ class Pull:
         self.received: Counter[str] = Counter()
         self.fallbacks = 0
 
-    def run(
-        self,
-        shards: Sequence[WantedShard],
-        outputs: Outputs,
-        on_done: Callable[[int], None] = lambda _: None,
-    ) -> None:
+    def run(self, shards: Sequence[WantedShard], outputs: Outputs) -> None:
         """Returns when every shard is verified and written.
 
-        `on_done` is called with the index of each shard that has arrived, from any thread. Raises
-        NoGoodCopy when a shard has no good copy and every place has answered, NotEnoughNodes when
-        one has not, Stopped, and whatever `outputs` and `on_done` raise.
+        Raises NoGoodCopy when a shard has no good copy and every place has answered, NotEnoughNodes
+        when one has not, Stopped, and whatever `outputs` raises.
         """
         bad: dict[int, set[str]] = {}
         unreadable: set[int] = set()
         done: set[int] = set()
-
-        def note(index: int) -> None:
-            done.add(index)
-            on_done(index)
 
         for _ in range(_ROUNDS_MAX):
             todo = [index for index in range(len(shards)) if index not in done]
@@ -77,7 +67,7 @@ class Pull:
                 schedule,
                 outputs,
                 progress=self.progress,
-                on_done=lambda number, todo=todo: note(todo[number]),  # type: ignore[misc]
+                on_done=lambda number, todo=todo: done.add(todo[number]),  # type: ignore[misc]
                 stop=self.stop,
             )
             try:

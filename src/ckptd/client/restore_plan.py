@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from ckptd.client.file_check import CheckedFile
 from ckptd.client.output_files import OutputFile
 from ckptd.client.pull_threads import WantedShard
 from ckptd.core.documents import DirectoryEntry, FileEntry, Manifest, Part, SymlinkEntry
@@ -27,17 +26,15 @@ _LINKS_MAX: Final = 40  # followed for one path, as the kernel does
 class RestorePlan:
     """All paths are relative to the directory that is restored into.
 
-    `shards` are those to fetch, `shard_numbers` their numbers in the manifest. `directories` holds
+    `shards` are those to fetch. `directories` holds
     each directory with its mode, parents first. `heads` are bytes that belong at the start of an
     output and come from no shard. `root_mode` is the mode of the directory itself.
     """
 
     files: tuple[OutputFile, ...]
-    checked: tuple[CheckedFile, ...]
     directories: tuple[tuple[str, int], ...]
     symlinks: tuple[tuple[str, str], ...]
     shards: tuple[WantedShard, ...]
-    shard_numbers: tuple[int, ...]
     root_mode: int
     heads: Mapping[int, bytes]
 
@@ -107,14 +104,12 @@ def plan_tensors(
     """
     merged = merge_tensors(chosen, metadata)
     writes = byte_ranges(file_parts(manifest), merged.segments)
-    file = OutputFile(MERGED_NAME, merged.size, MADE_FILE_MODE, None)
+    file = OutputFile(MERGED_NAME, merged.size, MADE_FILE_MODE)
     return RestorePlan(
         files=(file,),
-        checked=(CheckedFile(MERGED_NAME, (), None),),
         directories=(),
         symlinks=(),
         shards=wanted_shards(manifest, writes),
-        shard_numbers=tuple(writes),
         root_mode=MADE_DIRECTORY_MODE,
         heads={0: merged.header},
     )
@@ -155,12 +150,10 @@ def _plan(
             needed.setdefault(parent, MADE_DIRECTORY_MODE)
     writes = whole_files([entry.parts for _, entry in files])
     return RestorePlan(
-        files=tuple(OutputFile(path, e.size, e.mode, e.sha256) for path, e in files),
-        checked=tuple(CheckedFile(path, e.parts, e.sha256) for path, e in files),
+        files=tuple(OutputFile(path, e.size, e.mode) for path, e in files),
         directories=tuple(sorted(needed.items(), key=lambda item: item[0].split("/"))),
         symlinks=tuple(symlinks),
         shards=wanted_shards(manifest, writes),
-        shard_numbers=tuple(writes),
         root_mode=root_mode,
         heads={},
     )

@@ -10,15 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from ckptd.client.file_check import CheckedFile, FileCheck
 from ckptd.client.output_files import WRITEBACK_BYTES, OutputFile, OutputFiles
 from ckptd.client.pull_threads import WantedShard, _ShardWriter
 from ckptd.client.range_writer import PlainRange
 from ckptd.client.restore_plan import RestorePlan
 from ckptd.client.staging import Staging
-from ckptd.core.documents import Part
 from ckptd.core.layout import Write
-from ckptd.errors import IntegrityError, NoRoom, Refused
+from ckptd.errors import NoRoom, Refused
 from ckptd.store.filesystem import OperatingSystem
 
 ONE, TWO = os.urandom(300_000), os.urandom(50_000)
@@ -27,22 +25,17 @@ ONE, TWO = os.urandom(300_000), os.urandom(50_000)
 def plan(*, sizes: tuple[int, int] = (len(ONE), len(TWO))) -> RestorePlan:
     """Two files, `d/one` and `two`, each a shard of its own, and a link."""
     files = (
-        OutputFile("d/one", sizes[0], 0o640, sha256(ONE).hexdigest()),
-        OutputFile("two", sizes[1], 0o444, sha256(TWO).hexdigest()),
+        OutputFile("d/one", sizes[0], 0o640),
+        OutputFile("two", sizes[1], 0o444),
     )
     return RestorePlan(
         files=files,
-        checked=tuple(
-            CheckedFile(f.path, (Part(number, 0, f.size),), f.sha256)
-            for number, f in enumerate(files)
-        ),
         directories=(("d", 0o511),),
         symlinks=(("link", "two"),),
         shards=(
             WantedShard(sha256(ONE).digest(), len(ONE), [Write(0, 0, 0, len(ONE))]),
             WantedShard(sha256(TWO).digest(), len(TWO), [Write(1, 0, 0, len(TWO))]),
         ),
-        shard_numbers=(0, 1),
         root_mode=0o750,
         heads={},
     )
@@ -171,7 +164,7 @@ def test_a_hole_in_what_is_wanted_of_a_shard_means_fetching_it(tmp_path: Path) -
 def test_outputs_are_written_at_any_place_with_few_files_open(tmp_path: Path) -> None:
     count = 200
     outputs = OutputFiles(
-        str(tmp_path), [OutputFile(f"f{number}", 8, 0o600, None) for number in range(count)]
+        str(tmp_path), [OutputFile(f"f{number}", 8, 0o600) for number in range(count)]
     )
     outputs.preallocate()
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
@@ -187,7 +180,7 @@ def test_outputs_are_written_at_any_place_with_few_files_open(tmp_path: Path) ->
 
 def test_early_writeback_changes_no_byte(tmp_path: Path) -> None:
     size = 2 * WRITEBACK_BYTES + 5
-    outputs = OutputFiles(str(tmp_path), [OutputFile("f", size, 0o600, None)])
+    outputs = OutputFiles(str(tmp_path), [OutputFile("f", size, 0o600)])
     outputs.preallocate()
     content = os.urandom(1 << 20) * 17
     for offset in range(0, size, 1 << 20):
@@ -216,35 +209,3 @@ def test_a_shard_is_written_to_every_place_that_wants_it() -> None:
         assert written == {0: content, 1: content[3:7], 2: content[8:]}
         for buffer in written.values():
             buffer[:] = bytes(len(buffer))
-
-
-# -- hashes of files
-
-
-def test_files_are_hashed_in_the_order_in_which_their_shards_come() -> None:
-    contents = [os.urandom(3_000_000), b"", os.urandom(10)]
-    files = [
-        CheckedFile("a", (Part(0, 0, 1_000_000), Part(2, 0, 2_000_000)), None),
-        CheckedFile("b", (), sha256(b"").hexdigest()),
-        CheckedFile("c", (Part(1, 0, 10),), sha256(contents[2]).hexdigest()),
-    ]
-    files[0] = files[0]._replace(sha256=sha256(contents[0]).hexdigest())
-
-    def read_blocks(output: int, view: memoryview, offset: int) -> int:
-        piece = contents[output][offset : offset + len(view)]
-        view[: len(piece)] = piece
-        return len(piece)
-
-    for order in ((0, 1, 2), (2, 1, 0), (1, 2, 0)):
-        check = FileCheck(files, 3, read_blocks)
-        for shard in order:
-            check.shard_done(shard)
-        check.finish()
-    for broken in range(3):
-        wrong = list(files)
-        wrong[broken] = wrong[broken]._replace(sha256="0" * 64)
-        check = FileCheck(wrong, 3, read_blocks)
-        for shard in range(3):
-            check.shard_done(shard)
-        with pytest.raises(IntegrityError, match=wrong[broken].path):
-            check.finish()

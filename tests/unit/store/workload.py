@@ -10,12 +10,12 @@ from collections.abc import Callable
 from ckptd.errors import NoRoom, StoreMarkerMissing
 from ckptd.store.copy_reader import VerifyResult
 from ckptd.store.documents import DocumentFiles
-from ckptd.store.filesystem import FileSystem
+from ckptd.store.filesystem import BLOCK_BYTES, FileSystem, aligned_buffer
 from ckptd.store.marker import StoreDirectory, init_store, open_store
 from ckptd.store.shards import ShardStore
 
 STORE_ID = "0123456789abcdef" * 2
-PIECE = 1000
+PIECE = BLOCK_BYTES
 
 
 def shard(label: str, first_byte: int | None = None) -> bytes:
@@ -43,10 +43,14 @@ def digest_of(data: bytes) -> bytes:
 
 
 def put_shard(store: ShardStore, data: bytes) -> None:
-    """Receive one shard in pieces, as a connection does."""
+    """Receive one shard in pieces, as a connection does: whole blocks in an aligned buffer, and
+    what is left."""
     incoming = store.begin(digest_of(data), len(data))
+    buffer = aligned_buffer(PIECE)
     for start in range(0, len(data), PIECE):
-        incoming.write(memoryview(data)[start : start + PIECE])
+        piece = data[start : start + PIECE]
+        buffer[: len(piece)] = piece
+        incoming.write(buffer[: len(piece)])
     incoming.commit()
 
 
