@@ -54,13 +54,13 @@ def test_a_reader_in_another_thread_gets_old_bytes_or_none_and_never_a_mixture()
         begun.set()
         number = 0
         while number < rounds:
-            found = (
-                copied(pieces, number * PIECE, (number + 1) * PIECE) if number < done[0] else b""
-            )
+            if number >= done[0]:
+                continue
+            found = copied(pieces, number * PIECE, (number + 1) * PIECE)
             if found:
                 assert found == bytes([number % 250 + 1]) * PIECE
                 seen.append(number)
-            number = max(number + 1, done[0] - 2) if number < done[0] else number
+            number = max(number + 1, done[0] - 2)
 
     done = [0]
     failed: list[BaseException] = []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import ctypes
 import errno
+import fcntl
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from tests.unit.store.call_hooks import Call, Hooked
 import ckptd
 from ckptd.store import filesystem
 from ckptd.store.durable import NewFile, make_directory, read_file
-from ckptd.store.filesystem import OPERATING_SYSTEM
+from ckptd.store.filesystem import BLOCK_BYTES, OPERATING_SYSTEM, aligned_buffer
 
 SOURCE = Path(ckptd.__file__).parent
 
@@ -160,3 +162,71 @@ def test_a_file_that_shrinks_while_it_is_read_gives_what_is_there(tmp_path: Path
             os.truncate(path, 40)
 
     assert read_file(Hooked(OPERATING_SYSTEM, before).port, str(path), 100) == b"x" * 40
+
+
+def whole_blocks(count: int) -> memoryview:
+    buffer = aligned_buffer(count * BLOCK_BYTES)
+    buffer[:] = bytes(range(1, 129)) * (len(buffer) // 128)
+    return buffer
+
+
+def appended(path: Path, pieces: list[memoryview], hooked: Hooked) -> bytes:
+    """What a new file that writes past the cache holds after these pieces."""
+    file = NewFile(hooked.port, str(path))
+    file.bypass_cache()
+    for piece in pieces:
+        file.append(piece)
+    file.publish(f"{path}.done")
+    return Path(f"{path}.done").read_bytes()
+
+
+def test_whole_blocks_go_past_the_cache_and_what_is_left_through_it(tmp_path: Path) -> None:
+    hooked = Hooked(OPERATING_SYSTEM)
+    pieces = [whole_blocks(2), whole_blocks(3)[: 2 * BLOCK_BYTES + 5], memoryview(b"end")]
+    assert appended(tmp_path / "f", pieces, hooked) == b"".join(pieces)
+    switches = [call.arguments[1] for call in hooked.calls if call.name == "bypass_cache"]
+    assert switches == [True, False], "once on, and off for good before the end"
+    off = next(c.number for c in hooked.calls if c.name == "bypass_cache" and not c.arguments[1])
+    written = [(len(c.arguments[1]), c.number < off) for c in hooked.calls if c.name == "pwrite"]
+    assert written == [(2 * BLOCK_BYTES, True), (2 * BLOCK_BYTES, True), (5, False), (3, False)]
+
+
+def test_a_buffer_at_an_odd_address_or_a_medium_of_other_blocks_costs_no_byte(
+    tmp_path: Path,
+) -> None:
+    odd = memoryview(bytearray(4 * BLOCK_BYTES + 1))[1:]  # whole blocks, somewhere in memory
+    odd[:] = whole_blocks(4)
+    assert appended(tmp_path / "odd", [odd, whole_blocks(1)], Hooked(OPERATING_SYSTEM)) == (
+        bytes(odd) + bytes(whole_blocks(1))
+    )
+
+    def refuse(call: Call) -> None:
+        if call.name == "pwrite" and not refused:
+            refused.append(call)
+            raise OSError(errno.EINVAL, "not my blocks")
+
+    refused: list[Call] = []
+    blocks = [whole_blocks(1), whole_blocks(2)]
+    hooked = Hooked(OPERATING_SYSTEM, refuse)
+    assert appended(tmp_path / "other", blocks, hooked) == b"".join(blocks)
+    assert refused
+
+
+def test_a_file_system_without_direct_io_says_so(
+    descriptor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if sys.platform == "darwin":
+        assert OPERATING_SYSTEM.bypass_cache(descriptor, True)
+        return
+
+    def refuse(descriptor: int, command: int, value: int = 0) -> int:
+        if command == fcntl.F_SETFL:
+            raise OSError(code, os.strerror(code))
+        return os.O_RDWR
+
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    code = errno.EINVAL
+    assert OPERATING_SYSTEM.bypass_cache(descriptor, True) is False
+    code = errno.EIO
+    with pytest.raises(OSError, match="Input/output"):
+        OPERATING_SYSTEM.bypass_cache(descriptor, True)

@@ -29,7 +29,13 @@ from tests.unit.store.workload import (
 from ckptd.core import limits
 from ckptd.errors import NoRoom, NotFound, Refused, ShardCorrupt
 from ckptd.store import layout
-from ckptd.store.filesystem import OPERATING_SYSTEM, OperatingSystem, Volume
+from ckptd.store.filesystem import (
+    BLOCK_BYTES,
+    OPERATING_SYSTEM,
+    OperatingSystem,
+    Volume,
+    aligned_buffer,
+)
 from ckptd.store.marker import StoreDirectory, open_store
 from ckptd.store.shards import ShardStore
 
@@ -360,3 +366,25 @@ def test_short_writes_are_completed() -> None:
         put_shard(store, FIRST)
         assert get_shard(store, digest_of(FIRST)) == FIRST
     open_store("/disk/store", filesystem=disk).close()
+
+
+@pytest.mark.parametrize("can_bypass", [True, False])
+def test_a_reader_past_the_cache_reads_every_byte_whatever_is_asked(
+    tmp_path: Path, can_bypass: bool
+) -> None:
+    class Disk(OperatingSystem):
+        def bypass_cache(self, descriptor: int, on: bool) -> bool:
+            return can_bypass and super().bypass_cache(descriptor, on)
+
+    data = os.urandom(3 * BLOCK_BYTES + 77)
+    with make_store(str(tmp_path / "store"), Disk()) as directory:
+        store = ShardStore(directory, reserve=0)
+        put_shard(store, data)
+        buffer = aligned_buffer(2 * BLOCK_BYTES)
+        with store.open_read(digest_of(data)) as reader:
+            reader.bypass_cache()
+            for offset in (0, 2 * BLOCK_BYTES, BLOCK_BYTES, 3 * BLOCK_BYTES, len(data)):
+                count = reader.read_into(buffer, offset)
+                assert bytes(buffer[:count]) == data[offset : offset + len(buffer)]
+            assert reader.read(100, 5) == data[5:105], "odd offsets and sizes, too"
+            assert reader.read_into(buffer, 0) == len(buffer)
