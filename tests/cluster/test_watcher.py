@@ -1,7 +1,6 @@
 """Watching: real daemons, files written as trainers and copying tools write them.
 
-What a test may say of a cluster it reads from the commands that users type, and from the nodes'
-disks: a shard byte that was sent is a shard on a disk.
+What a test may say of a cluster stands in `tests.cluster.watched`.
 """
 
 from __future__ import annotations
@@ -19,117 +18,23 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tests.cluster.kill_fixtures import (
     DEADLINE_S,
-    BreakableCluster,
     breakable_cluster,
     make_checkpoint,
     wait_until,
     write_safetensors,
 )
-
-SETTLE_S = 0.5
-RETRY_S = 0.5
-SETTINGS = (
-    "replication.shard_size=256KiB",
-    f"watch.settle={int(SETTLE_S * 1000)}ms",
-    "watch.settle_max=4s",
-    f"watch.retry={int(RETRY_S * 1000)}ms",
-)
-PROTECTED_S = 15.0
-"""Within this a checkpoint is to be protected once its last byte is there."""
-
-
-class Watched(BreakableCluster):
-    """A cluster with a coordinator."""
-
-    @property
-    def root(self) -> Path:
-        return self.local.watch_root
-
-    def status(self) -> dict[str, Any]:
-        return self.command("status").document
-
-    def pending(self, path: Path) -> dict[str, Any] | None:
-        """What `ckptd status` says of a checkpoint that waits."""
-        found = [row for row in self.status()["pending"] if row["path"] == str(path)]
-        return found[0] if found else None
-
-    def rows(self, run: str) -> dict[str, dict[str, Any]]:
-        """What `ckptd ls RUN` lists, by name."""
-        found = self.command("ls", run).document.get("checkpoints", [])
-        return {row["name"]: row for row in found}
-
-    def versions(self, name: str) -> list[str]:
-        """The live versions of a name, newest first."""
-        found = self.command("show", name)
-        return [version["version"] for version in found.document.get("versions", [])]
-
-    def is_protected(self, name: str) -> bool:
-        return self.rows(name).get(name, {}).get("state") == "protected"
-
-    def wait_protected(self, name: str, *, timeout_s: float = PROTECTED_S) -> None:
-        wait_until(lambda: self.is_protected(name), f"{name} to be protected", timeout_s=timeout_s)
-
-    def log(self) -> list[dict[str, Any]]:
-        text = (self.directory / "coordinator" / "node.log").read_text()
-        return [json.loads(line) for line in text.splitlines() if line.startswith("{")]
-
-    def stored_events(self, name: str) -> list[dict[str, Any]]:
-        return [
-            line
-            for line in self.log()
-            if line["event"] == "checkpoint_stored" and line["name"] == name
-        ]
-
-    def metrics(self) -> dict[str, float]:
-        described = self.local.describe()["coordinator"]
-        with urllib.request.urlopen(described["metrics_url"], timeout=5) as answer:
-            lines = answer.read().decode().splitlines()
-        samples = (line.rpartition(" ") for line in lines if line and not line.startswith("#"))
-        return {name: float(value) for name, _, value in samples}
-
-    def rest(self) -> None:
-        """Waits until the whole root was scanned three times more, and nothing is to be done.
-
-        Each time something is laid there that only a scan of the root can find.
-        """
-        for number in range(3):
-            found = self.root / f"found-by-scan-{number}"
-            found.mkdir()
-            (found / "model.safetensors").write_bytes(b"not whole")
-            wait_until(lambda path=found: self.pending(path) is not None, "a scan")  # type: ignore[misc]
-            shutil.rmtree(found)
-        wait_until(lambda: not self.status()["pending"], "nothing to be pending")
-
-    def disk(self) -> tuple[dict[str, set[str]], set[str]]:
-        """All shards and all manifests on the disks of the workers."""
-        manifests: set[str] = set()
-        for number in range(1, self.count + 1):
-            manifests |= self.manifests(f"node{number}")
-        return self.all_shards(), manifests
+from tests.cluster.watched import PROTECTED_S, Watched, put, watched_cluster
 
 
 @pytest.fixture(scope="module")
 def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """Three workers and a coordinator for this module; who kills, brings back."""
-    directory = tmp_path_factory.mktemp("watched") / "local"
-    cluster = Watched(directory, count=3, settings=SETTINGS, coordinator=True)
-    try:
-        cluster.up()
-        yield cluster
-    finally:
-        cluster.kill("coordinator", *cluster.running())
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-def put(source: Path, target: Path) -> None:
-    """Appears whole, as by a rename."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.rename(source, target)
+    with watched_cluster(tmp_path_factory.mktemp("watched") / "local", count=3) as running:
+        yield running
 
 
 # -- copied slowly
@@ -143,14 +48,14 @@ def test_nothing_is_stored_before_a_slow_copy_is_whole(
     source = make_checkpoint(tmp_path / "model", run, size=6_000_000)
     target = watched.root / run / "step-1"
     target.parent.mkdir()
-    before = watched.disk()
+    before = watched.traces()
     with subprocess.Popen(
         ["rsync", "-a", "--bwlimit=1500", *how, f"{source}/", f"{target}/"]
     ) as copy:
         reasons = set()
         while copy.poll() is None:
             waiting = watched.pending(target)
-            now = watched.disk()
+            now = watched.traces()
             if copy.poll() is None:
                 assert now == before, "something was stored before the copy was whole"
                 if waiting is not None:
@@ -220,9 +125,48 @@ def test_the_last_of_many_overwrites_is_never_skipped(watched: Watched, tmp_path
     wait_until(lambda: not watched.status()["pending"], "all to be stored", timeout_s=PROTECTED_S)
     watched.wait_protected(name)
     assert watched.comes_back(name, expected)
-    versions = watched.versions(name)
+    before = watched.traces()
     watched.rest()
-    assert watched.versions(name) == versions
+    assert watched.traces() == before
+
+
+def test_modified_in_place_with_old_times_only_what_changed_is_sent(
+    watched: Watched, tmp_path: Path
+) -> None:
+    name, target = "inplace/step-1", watched.root / "inplace" / "step-1"
+    put(make_checkpoint(tmp_path / "model", "inplace", size=4_000_000), target)
+    watched.wait_protected(name)
+    sent = watched.received()
+    assert sent >= 4_000_000
+    seen = (target / "optimizer.pt").stat()
+    with open(target / "optimizer.pt", "r+b") as file:
+        file.write(b"other bytes")
+    os.utime(target / "optimizer.pt", ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    wait_until(lambda: len(watched.versions(name)) == 2, "a new version", timeout_s=PROTECTED_S)
+    watched.wait_protected(name)
+    assert watched.comes_back(name, target)
+    assert 0 < watched.received() - sent <= 256 * 1024
+    before = watched.traces()
+    watched.rest()
+    assert watched.traces() == before
+
+
+def test_renamed_it_is_a_checkpoint_of_the_new_name_and_no_byte_is_sent(
+    watched: Watched, tmp_path: Path
+) -> None:
+    run = watched.root / "renamed"
+    put(make_checkpoint(tmp_path / "model", "renamed", size=400_000), run / "step-1")
+    watched.wait_protected("renamed/step-1")
+    old, sent = watched.versions("renamed/step-1"), watched.received()
+    os.rename(run / "step-1", run / "step-2")
+    watched.wait_protected("renamed/step-2")
+    assert watched.comes_back("renamed/step-2", run / "step-2")
+    before = watched.traces()
+    watched.rest()
+    assert watched.traces() == before
+    assert before[2] == sent
+    assert watched.versions("renamed/step-1") == old
+    assert watched.is_protected("renamed/step-1")
 
 
 def test_constant_change_is_read_consistently_after_settle_max(tmp_path: Path) -> None:
@@ -278,6 +222,9 @@ def test_deleted_while_being_read(watched: Watched, tmp_path: Path) -> None:
         ),
         "the one that was made anew to be protected",
     )
+    before = watched.traces()
+    watched.rest()
+    assert watched.traces() == before
 
 
 def test_the_same_content_made_anew_is_not_stored_again(watched: Watched, tmp_path: Path) -> None:
@@ -285,14 +232,14 @@ def test_the_same_content_made_anew_is_not_stored_again(watched: Watched, tmp_pa
     source = make_checkpoint(tmp_path / "model", "anew", size=400_000)
     shutil.copytree(source, target)
     watched.wait_protected(name)
-    before = watched.disk()
+    before = watched.traces()
     shutil.rmtree(target)
     shutil.copytree(source, target)
     watched.rest()
-    assert watched.disk() == before
+    assert watched.traces() == before
     os.utime(target / "optimizer.pt")
     watched.rest()
-    assert watched.disk() == before
+    assert watched.traces() == before
 
 
 def test_what_is_restored_into_the_root_is_not_stored_again(
@@ -301,11 +248,11 @@ def test_what_is_restored_into_the_root_is_not_stored_again(
     name, target = "back/step-7", watched.root / "back" / "step-7"
     put(make_checkpoint(tmp_path / "model", "back", size=400_000), target)
     watched.wait_protected(name)
-    before = watched.disk()
+    before = watched.traces()
     shutil.rmtree(target)
     assert watched.restore(name, target).verified
     watched.rest()
-    assert watched.disk() == before
+    assert watched.traces() == before
 
 
 def test_removed_on_purpose_stays_removed_until_it_is_stored_by_hand(
@@ -315,10 +262,10 @@ def test_removed_on_purpose_stays_removed_until_it_is_stored_by_hand(
     put(make_checkpoint(tmp_path / "model", "removed", size=400_000), target)
     watched.wait_protected(name)
     assert watched.command("rm", name, "--yes").code == 0
-    before = watched.disk()
+    before = watched.traces()
     os.utime(target / "optimizer.pt")
     watched.rest()
-    assert watched.disk() == before
+    assert watched.traces() == before
     assert watched.versions(name) == []
     assert watched.command("store", target).document["name"] == name
     assert watched.is_protected(name)
@@ -353,24 +300,24 @@ def test_a_restarted_coordinator_stores_nothing_again(watched: Watched, tmp_path
     name = "restarted/step-1"
     put(make_checkpoint(tmp_path / "model", "restarted", size=400_000), watched.root / name)
     watched.wait_protected(name)
-    before = watched.disk()
+    before = watched.traces()
     watched.kill("coordinator")
     watched.up()
     watched.rest()
-    assert watched.disk() == before
+    assert watched.traces() == before
 
 
 def test_a_wiped_coordinator_knows_everything_again(watched: Watched, tmp_path: Path) -> None:
     name = "wiped/step-1"
     put(make_checkpoint(tmp_path / "model", "wiped", size=400_000), watched.root / name)
     watched.wait_protected(name)
-    before = watched.disk()
+    before = watched.traces()
     listed = {row["version"] for row in watched.command("ls").document["checkpoints"]}
     watched.kill("coordinator")
     shutil.rmtree(watched.directory / "coordinator" / "state")
     watched.up()
     watched.rest()
-    assert watched.disk() == before
+    assert watched.traces() == before
     assert {row["version"] for row in watched.command("ls").document["checkpoints"]} == listed
     put(make_checkpoint(tmp_path / "next", "wiped-2", size=400_000), watched.root / "wiped/step-2")
     watched.wait_protected("wiped/step-2")
