@@ -83,6 +83,8 @@ class Scrubber:
         self._survey = CheckSurvey([], 0, 0)
         self._surveyed_s = -math.inf
         self._queue: deque[LastCheck] = deque()
+        # Not at once: a machine that starts has other things to read.
+        self._begin_s = clock.monotonic_s() + pace.longest_wait_s
         self._read_s = -math.inf  # when the last slice began
         self._read_bytes = 0  # in it
         self._suspicion: _Suspicion | None = None
@@ -144,7 +146,7 @@ class Scrubber:
         if (wait_s := self._rest_s(begun_s)) > 0:
             return wait_s
         await self._refill()
-        if (wait_s := self._due_in_s(begun_s)) > 0:
+        if (wait_s := max(self._due_in_s(begun_s), self._begin_s - begun_s)) > 0:
             return wait_s
         sample = _Sample()
         verdict = await self._read(sample)

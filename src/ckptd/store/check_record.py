@@ -21,12 +21,14 @@ LATEST_S: Final = 2**32 - 1
 def encode(checks: Iterable[tuple[bytes, float]]) -> bytes:
     """The file's content for (digest, seconds since 1970) in order of the digests. Times that do
     not fit (a clock that lies by a century) are left out."""
-    packed = b"".join(
-        _CHECK.pack(digest[:PREFIX_BYTES], int(at_s))
-        for digest, at_s in checks
-        if 0 < at_s <= LATEST_S
-    )
-    return MAGIC + packed + hashlib.sha256(packed).digest()
+    data = bytearray(MAGIC)
+    for digest, at_s in checks:
+        if 0 < at_s <= LATEST_S:
+            data += _CHECK.pack(digest[:PREFIX_BYTES], int(at_s))
+    with memoryview(data) as written, written[len(MAGIC) :] as packed:
+        hashed = hashlib.sha256(packed).digest()
+    data += hashed
+    return bytes(data)
 
 
 def decode(data: bytes) -> Iterator[tuple[bytes, int]] | None:

@@ -7,6 +7,7 @@ name; the scan at the start flushes every directory before it believes its names
 from __future__ import annotations
 
 import heapq
+import itertools
 import os
 import threading
 import time
@@ -28,6 +29,7 @@ from ckptd.store.quarantine import QuarantinedFile
 from ckptd.store.room import Room, RoomKeeper
 from ckptd.store.shard_io import IncomingShard, ShardReader
 
+_RECALLED_AT_ONCE = 256
 _VERIFY_ATTEMPTS = 3  # each fails only when the file was replaced while it was read
 
 
@@ -154,9 +156,10 @@ class ShardStore:
         checks = check_record.decode(record)
         if checks is None:
             return False
-        with self._lock:
-            for prefix, at_s in checks:
-                self._index.recall(prefix, at_s)
+        while part := list(itertools.islice(checks, _RECALLED_AT_ONCE)):
+            with self._lock:
+                for prefix, at_s in part:
+                    self._index.recall(prefix, at_s)
         return True
 
     def now(self) -> float:
