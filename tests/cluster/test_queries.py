@@ -363,7 +363,7 @@ def test_doctor_finds_nothing_wrong_and_then_what_is(
     ports = [finding for finding in well.document["findings"] if finding["check"] == "ports"]
     assert len(ports) == 4
     cluster.kill("node3")
-    key = cluster.directory / "pki" / "client.key"
+    key = cluster.directory / "pki" / "owner.key"
     key.chmod(0o644)
     ill = ask(cluster, "doctor")
     assert (ill.code, ill.document["ok"]) == (1, False)

@@ -6,12 +6,15 @@ import secrets
 from typing import Any
 
 import pytest
+import yaml
 from msgspec import structs
 from tests.cluster.hostile import is_refused
 from tests.cluster.kill_fixtures import wait_until
 from tests.unit.node.running_nodes import RunningNode, identity
 from tests.unit.node.test_bulk_service import SIZE, greeted, put, shard
 
+from ckptd.client.cluster import connect
+from ckptd.config import check
 from ckptd.core import documents
 from ckptd.core.catalogue import Catalogue
 from ckptd.core.documents import Document, Drain, Forget, Undrain
@@ -154,3 +157,66 @@ def test_a_node_says_anew_who_it_is_when_its_certificate_was_renewed(node: Runni
     forget(node, node.node_id)
     assert to_say(catalogue, serial, address="10.0.0.9:1") is None
     assert to_say(catalogue, "ab" * 20) is not None
+
+
+def introduce(node: RunningNode, other: RunningNode) -> None:
+    """Brings `node` what `other` says of itself."""
+    roster = other.node.records.catalogue.roster
+    wait_until(lambda: roster.last_said(other.node_id) is not None, "its member document")
+    [said] = other.node.records.catalogue.ids()
+    signed = other.node.records.get(said)
+    assert signed is not None
+    node.node.records.put(*signed)
+
+
+def is_linked(node: RunningNode, other: RunningNode) -> bool:
+    assert node.node.peers is not None
+    return other.node_id in node.node.peers._links
+
+
+def test_a_node_leaves_a_connection_that_it_made_to_a_node_that_is_forgotten_meanwhile(
+    two_nodes: list[RunningNode],
+) -> None:
+    one, other = two_nodes
+    introduce(one, other)
+    wait_until(lambda: is_linked(one, other), "a connection")
+    assert one.node.members.knows("pi2")
+    forget(one, "pi2")
+    wait_until(lambda: not is_linked(one, other), "it to be left")
+    wait_until(lambda: not one.node.members.knows("pi2"), "the node to be dropped")
+    assert {view.node: view.state for view in one.node.members.views()} == {"pi2": "forgotten"}
+    assert "pi2" not in one.node.members.standings()
+
+
+def test_a_client_leaves_a_node_out_as_soon_as_it_has_the_signed_word(
+    two_nodes: list[RunningNode],
+) -> None:
+    one, other = two_nodes
+    files = identity(one.pki, "client")
+    config, errors = check(
+        yaml.safe_dump(
+            {
+                "cluster": "home",
+                "tls": {"ca": str(files.ca), "cert": str(files.cert), "key": str(files.key)},
+                "discovery": {
+                    "mdns": False,
+                    "peers": [f"{n.place.host}:{n.place.control}" for n in two_nodes],
+                },
+            }
+        )
+    )
+    assert config is not None, errors
+
+    async def work() -> None:
+        async with connect(config) as cluster:
+            assert set(cluster.nodes) == {"pi1", "pi2"}
+            forget(one, "pi2")
+            await cluster.refresh()
+            await cluster.catalogue()
+            assert set(cluster.nodes) == {"pi1"} and not cluster.absent
+            with pytest.raises(NotAuthorized, match="was forgotten"):
+                cluster.bulk.acquire("pi2", other.place.host, other.place.bulk)
+            await cluster.rejoin()
+            assert set(cluster.nodes) == {"pi1"} and not cluster.absent
+
+    run(work())
