@@ -214,6 +214,9 @@ class Kernel(asyncio.BaseEventLoop):
                 task.cancel()
         return task
 
+    def _asyncgen_finalizer_hook(self, agen: object) -> None:
+        """Only what a killed process has left behind is collected: nothing of it runs again."""
+
     def _note_failure(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         process = PROCESS.get()
         if process is not None and not process.alive:
