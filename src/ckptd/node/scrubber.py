@@ -197,7 +197,10 @@ class Scrubber:
                 self._queue.popleft()  # gone, or just read
                 continue
             if due and self._pace.due_in_s(age_s) > 0:
-                return False
+                if self._due_in_s(self._clock.monotonic_s()) > 0:
+                    return False
+                self._queue.popleft()  # somebody else has checked it since the survey
+                continue
             self._queue.popleft()
             await self._look(check.digest, sample)
             return True

@@ -448,6 +448,24 @@ def test_what_is_gone_or_was_read_meanwhile_is_not_read(place: Place) -> None:
     assert len(place.read) > 2
 
 
+def test_what_others_have_checked_meanwhile_makes_no_haste(place: Place) -> None:
+    """After `ckptd verify --all` the queue is full of copies that are not due any more."""
+
+    async def work(scrubbed: Scrubbed) -> None:
+        await scrubbed.scrubber.step()  # the queue is made
+        await asyncio.sleep(3 * DAY_S)  # all of it is due
+        for number in range(40):
+            scrubbed.store.verify(digest_of(content(number)), pause_s=0)
+        steps = 0
+        end_s = scrubbed.clock.monotonic_s() + HOUR_S
+        while scrubbed.clock.monotonic_s() < end_s and steps < 1000:
+            steps += 1
+            await asyncio.sleep(await scrubbed.scrubber.step())
+        assert steps < 100
+
+    place.run(work, shards=40)
+
+
 def test_a_quarantined_copy_that_reads_well_comes_back(place: Place) -> None:
     async def work(scrubbed: Scrubbed) -> None:
         place.disk.lies[name(3)] = 2
