@@ -25,6 +25,10 @@ _T = TypeVar("_T")
 FIRST_WALL_S: Final = 1_400_000_000.0
 BOOT_MONOTONIC_S: Final = 100.0
 
+_TURN_S: Final = (
+    1e-6  # that a turn of the loop takes: no time at all could be waited for without end
+)
+
 PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
 
 
@@ -171,6 +175,7 @@ class Kernel(asyncio.BaseEventLoop):
 
     def _run_once(self) -> None:
         ready, scheduled = self._ready, self._scheduled  # type: ignore[attr-defined]
+        self.now_s += _TURN_S
         if not ready and scheduled:
             self.now_s = max(self.now_s, scheduled[0]._when)
         while scheduled and scheduled[0]._when <= self.now_s:
