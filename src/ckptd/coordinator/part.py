@@ -30,8 +30,8 @@ from ckptd.coordinator.storing import Candidate, Outcome, store_candidate
 from ckptd.coordinator.survey import VersionCounts, unprotected_steps
 from ckptd.core import limits
 from ckptd.core.checkpoint_units import step_of
+from ckptd.core.file_examination import amounts
 from ckptd.core.pending import Row
-from ckptd.core.quantities import format_size
 from ckptd.errors import CkptdError, SourceChanged
 from ckptd.net.control_connection import Answer, Payload
 from ckptd.net.control_connection import Progress as TellProgress
@@ -270,7 +270,9 @@ class _Stored(Progress):
     def describe(self) -> str:
         if not self._total:
             return "is being read"
-        return f"is being stored: {format_size(self._done)} of {format_size(self._total)}"
+        if self._done >= self._total:
+            return "is being stored: the nodes confirm their copies"
+        return f"is being stored: {amounts(self._done, self._total)}"
 
 
 def _text(text: str) -> str:

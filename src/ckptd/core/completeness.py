@@ -13,7 +13,7 @@ from typing import Final, TypeAlias
 from msgspec import Struct
 
 from ckptd.core.checkpoint_units import Entry, Kind, Members, Unit, is_temporary, join
-from ckptd.core.file_examination import Examination, Format, format_of
+from ckptd.core.file_examination import Examination, Format, amount, format_of
 
 STALE_S: Final = 600.0
 """A temporary file that nobody has changed for so long is forgotten by its writer."""
@@ -135,7 +135,7 @@ def _being_written(path: str, entries: list[Entry]) -> str:
     rsync = _RSYNC.fullmatch(name)
     if rsync:
         size = sum(entry.size for entry in entries)
-        return f"{_shown(join(directory, rsync[1]))} is being written, {size} bytes so far"
+        return f"{_shown(join(directory, rsync[1]))} is being written, {amount(size)} so far"
     return f"{_shown(path)} is a temporary name: it is not finished"
 
 

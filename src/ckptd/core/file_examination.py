@@ -96,14 +96,25 @@ def examine(file_format: Format, size: int) -> Examining:
 
 def amounts(size: int, promised: int) -> str:
     """ "1.2 of 2.4 GB": in the unit that fits the larger one, exact where that would look equal."""
-    unit, factor = "bytes", 1
-    for candidate, scale in (("kB", 10**3), ("MB", 10**6), ("GB", 10**9), ("TB", 10**12)):
-        if promised >= scale:
-            unit, factor = candidate, scale
+    unit, factor = _unit(promised)
     shown, whole = f"{size / factor:.1f}", f"{promised / factor:.1f}"
     if factor == 1 or shown == whole:
         return f"{size} of {promised} bytes"
     return f"{shown} of {whole} {unit}"
+
+
+def amount(size: int) -> str:
+    """ "1.2 GB": in the unit that fits."""
+    unit, factor = _unit(size)
+    return f"{size} {unit}" if factor == 1 else f"{size / factor:.1f} {unit}"
+
+
+def _unit(size: int) -> tuple[str, int]:
+    found = ("bytes", 1)
+    for unit, factor in (("kB", 10**3), ("MB", 10**6), ("GB", 10**9), ("TB", 10**12)):
+        if size >= factor:
+            found = (unit, factor)
+    return found
 
 
 def _shortfall(size: int, promised: int) -> str:

@@ -18,7 +18,7 @@ from tests.layouts import (
 from tests.unit.core.snapshots import examined_bytes
 
 from ckptd.core import limits
-from ckptd.core.file_examination import Format, amounts, format_of
+from ckptd.core.file_examination import Format, amount, amounts, format_of
 
 WHOLE: dict[Format, bytes] = {
     "safetensors": safetensors(300),
@@ -108,6 +108,8 @@ def test_the_smallest_amounts_that_differ_are_shown() -> None:
     assert amounts(2_399_999_999, 2_400_000_000) == "2399999999 of 2400000000 bytes"
     assert amounts(0, 5 * 10**12) == "0.0 of 5.0 TB"
     assert amounts(500, 2000) == "0.5 of 2.0 kB"
+    assert amount(999) == "999 bytes"
+    assert amount(2_359_296) == "2.4 MB"
 
 
 @pytest.mark.parametrize("file_format", [*WHOLE, "dcp"])
