@@ -33,12 +33,12 @@ from ckptd.core.quantities import (
     format_rate,
     format_size,
 )
+from ckptd.core.retention import BestMode, KeepBest, RetentionRule
 from ckptd.errors import ConfigError
 from ckptd.strict_yaml import YamlRefused, parse_yaml
 
 Role = Literal["worker", "coordinator"]
 LogLevel = Literal["debug", "info", "warning", "error"]
-BestMode = Literal["min", "max"]
 
 ROLES: Final[tuple[Role, ...]] = ("worker", "coordinator")
 LOG_LEVELS: Final[tuple[LogLevel, ...]] = ("debug", "info", "warning", "error")
@@ -112,22 +112,6 @@ class WatchRoot(msgspec.Struct, frozen=True):
     settle_s: float = msgspec.field(default=2.0, name="settle")
     settle_max_s: float = msgspec.field(default=60.0, name="settle_max")
     retry_s: float = msgspec.field(default=10.0, name="retry")
-
-
-class KeepBest(msgspec.Struct, frozen=True):
-    metric: str
-    mode: BestMode
-
-
-class RetentionRule(msgspec.Struct, frozen=True):
-    """What to keep of the runs that match `runs`; None means that the rule says nothing of it."""
-
-    runs: str = "*"
-    keep_last: int | None = None
-    keep_every_steps: int | None = None
-    keep_every_s: float | None = msgspec.field(default=None, name="keep_every")
-    keep_within_s: float | None = msgspec.field(default=None, name="keep_within")
-    keep_best: KeepBest | None = None
 
 
 class RepairConfig(msgspec.Struct, frozen=True):
@@ -265,7 +249,7 @@ def inactive_keys(config: Config) -> list[str]:
         inactive.append("store")
     if config.node is not None and not config.is_coordinator:
         inactive += [f"watch[{index}]" for index in range(len(config.watch))]
-    inactive += [f"retention[{index}]" for index in range(len(config.retention))]
+        inactive += [f"retention[{index}]" for index in range(len(config.retention))]
     return [*inactive, "repair.rate"]
 
 

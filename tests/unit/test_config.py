@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 import ckptd.config
 from ckptd.config import (
     Config,
-    KeepBest,
     NodeConfig,
     Reserve,
-    RetentionRule,
     WatchRoot,
     check,
     check_file,
@@ -28,6 +26,7 @@ from ckptd.config import (
 )
 from ckptd.core.limits import CONFIG_MAX_BYTES, SHARD_SIZE_MAX_BYTES, SHARD_SIZE_MIN_BYTES
 from ckptd.core.quantities import Address
+from ckptd.core.retention import KeepBest, RetentionRule
 from ckptd.errors import ConfigError
 
 HOME = Path("/home/me")
