@@ -193,8 +193,10 @@ class Cluster:
 
     # -- documents
 
-    async def headers(self) -> dict[str, messages.DocumentHeader]:
-        """The headers of all documents that any node knows, by id."""
+    async def headers(self, *, with_dead: bool = False) -> dict[str, messages.DocumentHeader]:
+        """The headers of all documents that any node knows, by id. Of dead versions only some may
+        be among them, unless `with_dead` says that each node is to be asked: equal digests say
+        nothing of those (`Catalogue.shared_ids`)."""
 
         async def ask(node: Node) -> list[messages.DocumentHeader]:
             found: list[messages.DocumentHeader] = []
@@ -209,7 +211,8 @@ class Cluster:
             return found
 
         merged: dict[str, messages.DocumentHeader] = {}
-        for headers in (await self._ask_distinct_catalogues(ask)).values():
+        asked = self.ask_all(ask) if with_dead else self._ask_distinct_catalogues(ask)
+        for headers in (await asked).values():
             for header in headers:
                 merged.setdefault(header.id.hex(), header)
         return merged
@@ -217,7 +220,8 @@ class Cluster:
     async def _ask_distinct_catalogues(
         self, question: Callable[[Node], Awaitable[_T]]
     ) -> dict[str, _T]:
-        """Asks one node of each distinct catalogue (nodes with equal digests know the same)."""
+        """Asks one node of each distinct catalogue (nodes with equal digests know the same, but
+        for manifests of dead versions)."""
         distinct: dict[bytes, Node] = {}
         for node in self.workers:
             distinct.setdefault(node.status.documents_digest, node)
@@ -257,11 +261,12 @@ class Cluster:
             raise NotFound(f"document {version_id} is no manifest", next="ckptd ls")
         return document
 
-    async def catalogue(self) -> Catalogue:
+    async def catalogue(self, *, with_dead: bool = False) -> Catalogue:
         """What the nodes that answer know: tombstones, marks and members fetched and checked one
-        by one, manifests as headers (their bodies are checked when they are used)."""
+        by one, manifests as headers (their bodies are checked when they are used). `with_dead`: as
+        for `headers`."""
         self.require_nodes()
-        merged = await self.headers()
+        merged = await self.headers(with_dead=with_dead)
         catalogue = Catalogue(self.cluster)
         small = [key for key, header in merged.items() if header.kind != "manifest"]
         for document_id, document, author in await self.fetch(small):

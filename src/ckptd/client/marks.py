@@ -106,7 +106,7 @@ async def undelete(cluster: Cluster, selector: str) -> Undeleted:
     Raises NameRefused, NotFound, Refused when it is not removed or its content is live, NoGoodCopy
     when a shard is gone, NotEnoughNodes when one may be on a node that does not answer.
     """
-    catalogue = await cluster.catalogue()
+    catalogue = await cluster.catalogue(with_dead=True)
     removed = _removed(catalogue, parse_selector(selector))
     for live in catalogue.versions(removed.name):
         if live.content_id == removed.content_id:

@@ -145,6 +145,7 @@ class _Store:
         self._check_room(source.size)
         self._progress.total(source.size)
         self._transfers = Transfers(cluster, self._copies, self._progress)
+        touching = asyncio.create_task(self._touch(), name="touch")
         try:
             hashes = await self._send_shards(source)
             await asyncio.to_thread(_check_still, source, hashes)
@@ -153,6 +154,8 @@ class _Store:
         except BaseExceptionGroup as group:
             raise _cause(group) from group
         finally:
+            touching.cancel()
+            await asyncio.gather(touching, return_exceptions=True)
             # No thread may wait any more when an error or Ctrl-C ends the store.
             await asyncio.to_thread(self._transfers.close)
         return StoreResult(
@@ -171,6 +174,14 @@ class _Store:
         )
 
     _transfers: Transfers
+
+    async def _touch(self) -> None:
+        """Tells the nodes again and again that the shards of this store are wanted: it may take
+        longer than their grace, and no manifest names them before its end."""
+        while True:
+            await asyncio.sleep(self._cluster.config.gc.grace_s / limits.TOUCHES_PER_GRACE)
+            if shards := list(self._shards):
+                await self._cluster.holders(shards, touch=True)
 
     def _check_room(self, size: int) -> None:
         """Refuses before a byte is sent what the nodes could not hold even once, and even if all

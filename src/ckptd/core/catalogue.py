@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterable
 from sys import intern
 from typing import Final, Literal, TypeAlias
@@ -119,14 +119,26 @@ class Catalogue:
     def withdraw(self, version_id: str) -> None:
         """Takes back what `add_unverified` added. Raises KeyError for anything else."""
         self._unverified.remove(version_id)
-        header = self._headers.pop(version_id)
+        header = self._headers[version_id]
         assert isinstance(header, VersionHeader)
-        self._sorted_ids.remove(version_id)
+        self._remove_version(header)
+
+    def _remove_version(self, header: VersionHeader) -> None:
+        del self._headers[header.id]
+        del self._sorted_ids[bisect_left(self._sorted_ids, header.id)]
         self._digest = None
         versions = self._versions[header.name]
         versions.remove(header)
         if not versions:
             del self._versions[header.name]
+
+    def drop(self, version_id: str) -> None:
+        """Forgets the manifest of a dead version; that it is dead stays known. Raises KeyError for
+        a version that is not known or not dead."""
+        header = self._headers[version_id]
+        if not isinstance(header, VersionHeader) or version_id not in self._tombstones:
+            raise KeyError(version_id)
+        self._remove_version(header)
 
     def unverified_above(self, order: int) -> list[VersionHeader]:
         """Headers added unverified that claim an order above `order`, newest first.
@@ -206,9 +218,15 @@ class Catalogue:
         """All document ids, sorted."""
         return tuple(self._sorted_ids)
 
+    def shared_ids(self) -> list[str]:
+        """The ids of the documents that nodes bring each other, sorted: all but manifests of dead
+        versions. Those may be dropped on one node and not yet on the next, and nobody needs to get
+        one that it does not have."""
+        return [each for each in self._sorted_ids if each not in self._tombstones]
+
     def packed_ids(self) -> bytes:
-        """All document ids, sorted, 32 bytes each."""
-        return bytes.fromhex("".join(self._sorted_ids))
+        """`shared_ids`, 32 bytes each."""
+        return bytes.fromhex("".join(self.shared_ids()))
 
     def digest(self) -> bytes:
         """SHA-256 over `packed_ids`: equal digests mean equal catalogues."""

@@ -21,6 +21,7 @@ PATH_IN_CHECKPOINT_MAX_BYTES: Final = 4096
 # Documents
 DOCUMENT_MAX_BYTES: Final = 16 * MIB  # a manifest of 1 TiB at 32 MiB a shard has about 3 MiB
 TOMBSTONE_VERSIONS_MAX: Final = 10_000
+DEAD_VERSIONS_MAX: Final = 1024 * KIB  # ids that a node keeps of versions it has dropped
 SHARDS_PER_MANIFEST_MAX: Final = 256 * KIB
 MARKS_MAX: Final = 1024  # drains that one document ends, serial numbers that one lists
 METRICS_MAX: Final = 256
@@ -176,6 +177,7 @@ TRANSFER_ATTEMPTS_MAX: Final = 6  # for one shard
 RETRY_PAUSE_MIN_S: Final = 0.1
 RETRY_PAUSE_MAX_S: Final = 5.0
 BUSY_GIVE_UP_S: Final = 300.0  # nodes that are busy with others are waited for this long
+TOUCHES_PER_GRACE: Final = 4  # of the shards of a store that is under way
 COMMIT_ROUNDS_MAX: Final = 5
 SHARDS_AHEAD_MAX: Final = 128  # hashed and waiting to be sent
 SHARDS_PER_VERIFY: Final = 64  # in one question
@@ -185,6 +187,8 @@ MANIFEST_ENTRIES_AT_ONCE: Final = 10_000  # shards and files of the manifests in
 CLAIMS_CHECKED_AT_ONCE: Final = 8  # manifests with an order ahead of the clock
 
 # A coordinator
+PRUNE_ROWS_MAX: Final = 8192  # versions that go, and those that stay, in one answer
+PRUNE_REASON_MAX: Final = 160  # characters
 UNSTORED_PER_MESSAGE_MAX: Final = 500  # checkpoints that wait, in one answer
 RECONNECT_NODES_S: Final = 5.0  # between two tries to reach nodes that did not answer
 STORE_RETRY_MAX_S: Final = 60.0  # between two tries to store the same checkpoint

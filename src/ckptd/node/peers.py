@@ -107,11 +107,17 @@ class Peers:
         self._jitter = random.Random()
         # What a peer answers is held in memory: one at a time may answer with much.
         self._syncing = asyncio.Lock()
+        self._known_until_s: dict[str, float] = {}
 
     def client(self, node: str) -> ControlClient | None:
         """The connection to `node` that is in use, if there is one."""
         link = self._links.get(node)
         return link.client if link is not None and link.client.connected else None
+
+    def known_until_s(self, node: str) -> float | None:
+        """Up to which moment of the monotonic clock everything is known here that `node` knew: the
+        beginning of the last exchange of documents with it that came to its end. None: never."""
+        return self._known_until_s.get(node)
 
     def on_hello(self, identity: Identity, hello: messages.Hello) -> None:
         """Somebody connected to us; a node that did is alive, and says where it listens."""
@@ -294,6 +300,7 @@ class Peers:
         self._members.heard(client.identity, client.hello)
         while True:
             refuse_forgotten(client.identity, self._members.forgotten)
+            asked_s = time.monotonic()
             status, _ = await client.request(
                 messages.Ping(), messages.NodeStatus, timeout_s=self._config.down_s
             )
@@ -303,22 +310,24 @@ class Peers:
             self._metrics.clock_skew(node, status.clock_ms / 1000 - time.time())
             if Role.WORKER in client.identity.roles:
                 try:
-                    await self._sync(client, status.documents_digest)
+                    if await self._sync(client, status.documents_digest):
+                        self._known_until_s[node] = asked_s
                 except PeerError:
                     raise
                 except CkptdError as error:  # this node's own disk: the peer is as well as before
                     _log.warning("sync_failed", node=node, reason=error.message)
             await asyncio.sleep(self._config.heartbeat_s)
 
-    async def _sync(self, client: ControlClient, digest: bytes) -> None:
-        """Makes both catalogues the union of both."""
+    async def _sync(self, client: ControlClient, digest: bytes) -> bool:
+        """Makes both catalogues the union of both; whether all that the peer knows is here now."""
         own_digest = self._records.digest()
         if digest == own_digest:
-            return
+            return True
         async with self._syncing:
             here, there = await self._compare(client, own_digest)
-        await self._fetch(client, here)
+        fetched = await self._fetch(client, here)
         await self._send(client, there)
+        return fetched and len(here) < limits.DOCUMENTS_FETCHED_PER_SYNC
 
     async def _compare(
         self, client: ControlClient, own_digest: bytes
@@ -336,22 +345,30 @@ class Peers:
             )
         )
 
-    async def _fetch(self, client: ControlClient, wanted: list[bytes]) -> None:
-        start = 0
+    async def _fetch(self, client: ControlClient, wanted: list[bytes]) -> bool:
+        """Takes in documents of a peer; whether it had all that were asked for. Those of versions
+        that are dead here are not: a peer that still tells of one has not heard of it yet."""
+        wanted = [each for each in wanted if not self._records.is_dead(each.hex())]
+        start = missing = 0
         while start < len(wanted):
             batch = tuple(wanted[start : start + limits.DOCUMENTS_PER_SYNC])
             async with self._syncing:
-                answered = await self._fetch_batch(client, batch)
+                answered, lacking = await self._fetch_batch(client, batch)
             if not answered:
-                return
+                return False
             start += answered
+            missing += lacking
+        return not missing
 
-    async def _fetch_batch(self, client: ControlClient, batch: tuple[bytes, ...]) -> int:
-        """Asks for documents; how many of them the peer's answer was about."""
+    async def _fetch_batch(
+        self, client: ControlClient, batch: tuple[bytes, ...]
+    ) -> tuple[int, int]:
+        """Asks for documents; how many of them the peer's answer was about, and how many of these
+        it has not (any more)."""
         reply, payload = await client.request(messages.GetDocuments(batch), messages.Documents)
         for signed in messages.document_views(payload, reply.count, peer=client.node_id):
             await self._admit(client.node_id, signed)
-        return min(len(batch), reply.count + len(reply.missing))
+        return min(len(batch), reply.count + len(reply.missing)), len(reply.missing)
 
     async def _admit(self, node: str, signed: messages.DocumentView) -> None:
         try:

@@ -6,6 +6,7 @@ import hashlib
 import math
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 import structlog
@@ -13,7 +14,8 @@ from cryptography import x509
 
 from ckptd.core import bitmaps, limits
 from ckptd.core.admission import admit, check_size
-from ckptd.core.catalogue import Catalogue
+from ckptd.core.catalogue import Catalogue, VersionHeader
+from ckptd.core.collection import Census, census
 from ckptd.core.documents import Manifest, ShardReference
 from ckptd.core.identity import Identity, Role
 from ckptd.core.signing import Signer
@@ -34,23 +36,36 @@ _shards_decoder = msgspec.json.Decoder(_ManifestShards)
 
 
 class Records:
-    """All documents that this node knows. Thread-safe; the methods block on the disk."""
+    """All documents that this node knows. Thread-safe; the methods block on the disk.
 
-    def __init__(self, files: DocumentFiles, *, cluster: str, ca: x509.Certificate) -> None:
+    `shards` is the node's store of shards, None when it keeps none. A manifest becomes known and
+    its shards are touched in one step: whoever sees it here may count on them for a grace.
+    """
+
+    def __init__(
+        self,
+        files: DocumentFiles,
+        *,
+        cluster: str,
+        ca: x509.Certificate,
+        shards: ShardStore | None,
+    ) -> None:
         self._files = files
         self._cluster = cluster
         self._ca = ca
+        self._shards = shards
         self._lock = threading.Lock()
         # A parsed manifest takes several times its bytes: one at a time is in memory.
         self._parsing = threading.Lock()
         self._of_worker: Counter[str] = Counter()
-        self._damaged: set[str] = set()  # known, but not on the disk any more
+        self._damaged: set[str] = set()  # known once, but not on the disk any more
         self.catalogue = Catalogue(cluster)
         self.unreadable: set[str] = set()
 
     def load(self) -> None:
         """Reads all documents once, at start. What cannot be admitted any more is left on the
-        disk and listed in `unreadable`."""
+        disk and listed in `unreadable`. What was found damaged before the start still is, until
+        another node brings it."""
         for document_id in self._files.ids():
             try:
                 raw, signature = self._files.get(document_id)
@@ -61,6 +76,7 @@ class Records:
                 continue
             self.catalogue.add(document_id, document, author=author)
             self._count(author)
+        self._damaged = self._files.lost()
 
     def put(self, raw: bytes | memoryview, signature: bytes) -> str:
         """Admits a document and makes it durable; returns its id. Raises DocumentRefused, NoRoom
@@ -68,6 +84,8 @@ class Records:
         check_size(len(raw), signature, cluster=self._cluster, ca=self._ca)
         with self._parsing:
             found = hashlib.sha256(raw).hexdigest()
+            if self._files.is_dropped(found):
+                raise DocumentRefused(f"version {found} was removed, and collected here")
             with self._lock:
                 # One that went to quarantine, or cannot be read, is written anew.
                 known = found in self.catalogue and found not in self._damaged
@@ -87,6 +105,8 @@ class Records:
         with self._lock:
             self.unreadable.discard(found)
             self._damaged.discard(found)
+            if isinstance(document, Manifest) and self._shards is not None:
+                self._shards.confirm(_digests(document.shards))
             if self.catalogue.add(found, document, author=author):
                 self._count(author)
                 kind = type(document).__name__.lower()
@@ -119,7 +139,7 @@ class Records:
         with self._lock:
             if not self._damaged:
                 return self.catalogue.packed_ids()
-            known = self.catalogue.ids()
+            known = self.catalogue.shared_ids()
             return bytes.fromhex("".join(each for each in known if each not in self._damaged))
 
     def write(self, raw: bytes, signer: Signer) -> str:
@@ -134,27 +154,29 @@ class Records:
             return self._files.get(document_id)
         except (IntegrityError, NotFound, StoreOperationFailed) as error:
             with self._lock:
+                if document_id not in self.catalogue:
+                    return None  # dropped meanwhile
                 new = document_id not in self._damaged
                 self._damaged.add(document_id)
             if new:
                 _log.error("document_corrupt", document=document_id, reason=error.message)
             return None
 
-    def bitmap(self, version_id: str, shards: ShardStore | None) -> bytes | None:
+    def confirm(self, version_id: str) -> bytes | None:
         """Which shards of a version are on this node; None when its manifest is not, or when the
-        node keeps no shards."""
-        references = self._references(version_id) if shards is not None else None
-        if references is None or shards is None:
+        node keeps no shards. Whoever is told so counts on them: they are touched in the same step
+        (`ShardStore.confirm`)."""
+        if self._shards is None or (references := self.references(version_id)) is None:
             return None
-        return bitmaps.pack(shards.has(digest, size) for digest, size in references)
+        return bitmaps.pack(self._shards.confirm(references))
 
     def inventory(
         self, version_id: str, shards: ShardStore | None, wall_s: float
     ) -> tuple[bytes | None, float]:
-        """As `bitmap`, and the age in seconds of the oldest check of one of these copies, those
-        before this node's start included; -1 when of one nobody knows any, or none is here.
-        `wall_s` is the wall clock's time."""
-        references = self._references(version_id) if shards is not None else None
+        """As `confirm`, without a touch, and the age in seconds of the oldest check of one of these
+        copies, those before this node's start included; -1 when of one nobody knows any, or none is
+        here. `wall_s` is the wall clock's time."""
+        references = self.references(version_id) if shards is not None else None
         if references is None or shards is None:
             return None, -1.0
         ages = shards.last_checks(references, wall_s)
@@ -162,7 +184,54 @@ class Records:
         bitmap = bitmaps.pack([age_s is not None for age_s in ages])
         return bitmap, -1.0 if oldest_s == math.inf else oldest_s
 
-    def _references(self, version_id: str) -> list[tuple[bytes, int]] | None:
+    # -- garbage collection
+
+    def is_dead(self, version_id: str) -> bool:
+        """Whether a version is dead, by a tombstone or because it was dropped here."""
+        return self.catalogue.is_dead(version_id) or self._files.is_dropped(version_id)
+
+    def doubt(self) -> str:
+        """Why nobody can say which shards are needed here; "" when all is known and understood."""
+        if self.catalogue.has_unknown:
+            return "there are documents of a newer version of ckptd: upgrade this node"
+        if self.unreadable:
+            return f"{len(self.unreadable)} documents cannot be read: see the node's log"
+        with self._lock:
+            damaged = sum(not self.catalogue.is_dead(each) for each in self._damaged)
+        if len(self.catalogue) >= limits.CATALOGUE_DOCUMENTS_MAX:
+            return "the catalogue is full: documents that others know may be missing here"
+        if damaged:
+            return f"{damaged} documents are damaged, and other nodes did not bring them yet"
+        return ""
+
+    def census(self, clock: Callable[[], float]) -> Census:
+        """The versions that are known at one moment of `clock`: a manifest that becomes known
+        later touches its shards later."""
+        with self._lock:
+            return census(self.catalogue, clock())
+
+    def live_versions(self) -> list[VersionHeader]:
+        """All live versions, newest first."""
+        with self._lock:
+            return self.catalogue.live_versions()
+
+    def unjustified(self) -> list[VersionHeader]:
+        """The dead versions here that nothing live justifies (`Fate.waits_in_vain`)."""
+        with self._lock:
+            found = census(self.catalogue, 0.0).dead
+            vain = [each for each, fate in sorted(found.items()) if fate.waits_in_vain]
+            headers = map(self.catalogue.version, vain)
+            return [header for header in headers if header is not None]
+
+    def drop(self, version_ids: Sequence[str]) -> None:
+        """Forgets the manifests of dead versions for ever. They are never taken in again."""
+        with self._lock:
+            for version_id in version_ids:
+                self.catalogue.drop(version_id)
+                self._damaged.discard(version_id)
+        self._files.drop(version_ids)
+
+    def references(self, version_id: str) -> list[tuple[bytes, int]] | None:
         """Digest and size of each shard of a version; None when its manifest is not here."""
         if self.catalogue.version(version_id) is None:
             return None
@@ -170,7 +239,8 @@ class Records:
             found = self.get(version_id)
             if found is None:
                 return None
-            return [
-                (bytes.fromhex(reference.shard), reference.size)
-                for reference in _shards_decoder.decode(found[0]).shards
-            ]
+            return _digests(_shards_decoder.decode(found[0]).shards)
+
+
+def _digests(shards: Iterable[ShardReference]) -> list[tuple[bytes, int]]:
+    return [(bytes.fromhex(reference.shard), reference.size) for reference in shards]

@@ -42,6 +42,7 @@ _ACTIONS: Final[dict[type[Message], Action]] = {
     messages.Verify: Action.VERIFY,
     messages.ReportCorrupt: Action.REPORT_CORRUPT,
     messages.GetWatched: Action.WATCHED,
+    messages.Prune: Action.PRUNE,
     messages.SetJob: Action.SET_JOB,
 }
 
@@ -240,7 +241,7 @@ class Requests:
             digest = hashlib.sha256(signed.document).digest()
             refused = error.message[: limits.REFUSED_TEXT_MAX]
             return messages.PutDocumentResult(digest, refused=refused)
-        bitmap = self._records.bitmap(document_id, self._shards)
+        bitmap = self._records.confirm(document_id)
         return messages.PutDocumentResult(bytes.fromhex(document_id), bitmap=bitmap)
 
     async def _sync(self, request: messages.Sync, _: Payload, __: Progress) -> Answer:

@@ -6,14 +6,16 @@ and whether the signature holds is not decided here.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from ckptd.core import limits
 from ckptd.errors import DocumentRefused, IntegrityError, NotFound
 from ckptd.store import durable, layout
+from ckptd.store.dead_versions import DeadVersions
 from ckptd.store.marker import StoreDirectory
 
 
@@ -37,6 +39,7 @@ class DocumentFiles:
         self._known: set[bytes] = set()
         self._ignored: list[str] = []
         self._ignored_count = 0
+        self._dropped = DeadVersions(directory)
         with self._medium.operation("read the catalogue's names"):
             self._scan()
 
@@ -69,7 +72,8 @@ class DocumentFiles:
         """Make a document durable; nothing is written when it is here already.
 
         `signature` is certificate and signature as one sequence of bytes. `DocumentRefused` when
-        either is too long, `IntegrityError` when the bytes do not hash to the id.
+        either is too long, or when the document was dropped, `IntegrityError` when the bytes do not
+        hash to the id.
         """
         self._medium.require()
         if len(document) > limits.DOCUMENT_MAX_BYTES:
@@ -78,6 +82,8 @@ class DocumentFiles:
             raise DocumentRefused(f"signature of {document_id} has {len(signature)} bytes")
         if hashlib.sha256(document).hexdigest() != document_id:
             raise IntegrityError(f"the bytes offered as document {document_id} have another hash")
+        if document_id in self._dropped:
+            raise DocumentRefused(f"document {document_id} was removed, and dropped here for good")
         with self._changing, self._medium.operation(f"store document {document_id}"):
             if document_id in self:
                 return
@@ -120,6 +126,35 @@ class DocumentFiles:
                 self._known.discard(bytes.fromhex(document_id))
             self._move_to_quarantine(layout.document_path(self._path, document_id))
             self._move_to_quarantine(layout.signature_path(self._path, document_id))
+
+    def lost(self) -> set[str]:
+        """Ids of documents that went to quarantine and have not been put again since."""
+        with self._medium.operation("list the quarantine"):
+            found = self._directory.quarantine.files()
+        suffix = layout.DOCUMENT_SUFFIX
+        return {each.id for each in found if each.suffix == suffix and each.id not in self}
+
+    def drop(self, document_ids: Sequence[str]) -> None:
+        """Remove documents for ever: `is_dropped` is durable before the first one goes."""
+        self._dropped.add(document_ids)
+        for document_id in document_ids:
+            with self._changing, self._medium.operation(f"remove document {document_id}"):
+                with self._lock:
+                    self._known.discard(bytes.fromhex(document_id))
+                self._unlink_both(document_id)
+
+    def is_dropped(self, document_id: str) -> bool:
+        """Whether `drop` was called for this document, at any time."""
+        return document_id in self._dropped
+
+    def _unlink_both(self, document_id: str) -> None:
+        # The signature last: alone, it is removed by the next start.
+        for path in (
+            layout.document_path(self._path, document_id),
+            layout.signature_path(self._path, document_id),
+        ):
+            with contextlib.suppress(FileNotFoundError):
+                self._filesystem.unlink(path)
 
     def _move_to_quarantine(self, source: str) -> None:
         try:
@@ -166,6 +201,10 @@ class DocumentFiles:
             document_id, suffix = parsed
             names = self._known if suffix == layout.DOCUMENT_SUFFIX else signatures
             names.add(bytes.fromhex(document_id))
+        # What was dropped, and came back by a power cut, goes again.
+        for digest in [each for each in self._known if each.hex() in self._dropped]:
+            self._known.discard(digest)
+            self._unlink_both(digest.hex())
         # A signature alone is what a write leaves that was cut off; the next one would replace it.
         for digest in signatures - self._known:
             self._filesystem.unlink(layout.signature_path(self._path, digest.hex()))

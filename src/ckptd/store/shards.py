@@ -6,6 +6,7 @@ name; the scan at the start flushes every directory before it believes its names
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import itertools
 import os
@@ -44,6 +45,8 @@ class StoreCounters:
     shards_unreadable: int = 0
     bad_reads_not_repeated: int = 0  # one read had another hash, the next one was good
     bytes_verified: int = 0
+    shards_collected: int = 0  # removed, because nothing needs them any more
+    bytes_collected: int = 0
 
 
 class CheckSurvey(NamedTuple):
@@ -171,6 +174,36 @@ class ShardStore:
         self._medium.require()
         with self._lock:
             return self._index.touch(digest, now)
+
+    def confirm(self, shards: Iterable[tuple[bytes, int]]) -> list[bool]:
+        """Which of these shards (digest, size in bytes) are here. Those are touched in the same
+        moment: what is confirmed to somebody is not collected before another grace is over."""
+        self._medium.require()
+        now = self._clock()
+        with self._lock:
+            return [
+                self._index.size(digest) == size and self._index.touch(digest, now)
+                for digest, size in shards
+            ]
+
+    def remove(self, digest: bytes, *, untouched_since: float) -> int:
+        """Remove a shard that nothing names, unless somebody touched it after `untouched_since`
+        (by the store's clock) or it is coming in anew; how many bytes that made free.
+
+        The look and the removal are one step: nobody is told in between that it is here. Not
+        flushed, as a file that comes back by a power cut does no harm.
+        """
+        with self._medium.operation(f"remove shard {digest.hex()}"), self._lock:
+            touched_at = self._index.touched_at(digest)
+            if touched_at is None or touched_at > untouched_since or self._committing[digest]:
+                return 0
+            size = self._index.size(digest) or 0
+            self._index.remove(digest)
+            with contextlib.suppress(FileNotFoundError):
+                self._filesystem.unlink(self._shard_path(digest))
+            self._counters.shards_collected += 1
+            self._counters.bytes_collected += size
+            return size
 
     def touched_at(self, digest: bytes) -> float | None:
         """When the shard was last wanted, received, or found by the scan; None: not here."""

@@ -20,7 +20,11 @@ from ckptd.store.documents import DocumentFiles
 
 
 def signer(node: RunningNode, name: str) -> Signer:
-    files = identity(node.pki, name)
+    return signer_of(node.pki, name)
+
+
+def signer_of(pki: Path, name: str) -> Signer:
+    files = identity(pki, name)
     return Signer.from_pem(files.cert.read_bytes(), files.key.read_bytes())
 
 
@@ -158,7 +162,7 @@ def test_a_document_with_a_bad_signature_is_written_anew_when_it_is_brought_agai
 
     def restarted() -> records_module.Records:
         files = DocumentFiles(node.worker.shards._directory)  # as after a restart
-        found = records_module.Records(files, cluster="home", ca=records._ca)
+        found = records_module.Records(files, cluster="home", ca=records._ca, shards=None)
         found.load()
         return found
 
