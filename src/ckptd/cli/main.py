@@ -37,6 +37,7 @@ COMMANDS: Final = {
     "undelete": ("ckptd.cli.marks:undelete_command", "bring a removed checkpoint back"),
     "pin": ("ckptd.cli.marks:pin_command", "protect a version from retention"),
     "unpin": ("ckptd.cli.marks:unpin_command", "take pins back"),
+    "prune": ("ckptd.cli.prune:prune_command", "apply the retention rules now"),
     "doctor": ("ckptd.cli.doctor:doctor_command", "what is wrong, and what to type next"),
     "pki": ("ckptd.cli.pki:pki_commands", "the cluster's CA and certificates"),
     "completion": ("ckptd.cli.completion:completion", "shell completion"),

@@ -38,6 +38,7 @@ class Action(StrEnum):
     PUT_DOCUMENTS = "put_documents"
     SYNC = "sync"
     WATCHED = "watched"
+    PRUNE = "prune"
     SET_JOB = "set_job"
     SCRAPE = "scrape"
 
@@ -72,7 +73,7 @@ _CATALOGUE: Final = frozenset(
 _REPLICATE: Final = frozenset({Action.HAVE, Action.PUT_SHARD})
 _CHECK: Final = frozenset({Action.HAVE, Action.VERIFY, Action.REPORT_CORRUPT})
 _READ_AND_WRITE: Final = _REPLICATE | _CHECK | {Action.GET_SHARD, Action.PUSH_SHARD}
-_OPERATE: Final = frozenset({Action.WATCHED, Action.SET_JOB, Action.SCRAPE})
+_OPERATE: Final = frozenset({Action.WATCHED, Action.PRUNE, Action.SET_JOB, Action.SCRAPE})
 
 PERMITTED_ACTIONS: Final = MappingProxyType(
     {

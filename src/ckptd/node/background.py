@@ -10,17 +10,23 @@ from ckptd.clock import Clock
 from ckptd.config import Config
 from ckptd.core import limits
 from ckptd.core.scrubbing import Pace
-from ckptd.errors import CkptdError
+from ckptd.core.signing import Signer
+from ckptd.errors import CkptdError, Refused
+from ckptd.node.collector import Collector
+from ckptd.node.confirmation import Confirmation
 from ckptd.node.jobs import Job, Jobs, PausedJobs
 from ckptd.node.members import Members
 from ckptd.node.ports import Network, OnDisk
 from ckptd.node.quarantine_keeper import QuarantineKeeper
+from ckptd.node.records import Records
+from ckptd.node.retention import Retention, answer
 from ckptd.node.scrubber import Scrubber
 from ckptd.observe.metrics import Metrics
 from ckptd.store import layout
 from ckptd.store.marker import StoreDirectory
 from ckptd.store.shards import ShardStore
 from ckptd.store.state_file import StateFile
+from ckptd.wire import messages
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,15 @@ class Ground:
     config: Config
     directory: StoreDirectory
     shards: ShardStore | None
+    records: Records
     members: Members
     network: Network
     clock: Clock
     on_disk: OnDisk
     metrics: Metrics
     on_corrupt: Callable[[bytes], None]
+    signer: Signer
+    known_until_s: Callable[[str], float | None]
 
     def other_workers(self) -> list[str]:
         """Ids of the other workers that can be asked now."""
@@ -54,6 +63,10 @@ class Background:
     def __init__(self, ground: Ground) -> None:
         self._ground = ground
         self._scrubber = None if ground.shards is None else _scrubber(ground, ground.shards)
+        confirmation = _confirmation(ground)
+        self._collector = _collector(ground, confirmation)
+        is_coordinator = ground.config.is_coordinator
+        self._retention = _retention(ground, confirmation) if is_coordinator else None
         state = StateFile(
             ground.directory, layout.PAUSED_JOBS, max_bytes=limits.STATE_FILE_MAX_BYTES
         )
@@ -68,7 +81,9 @@ class Background:
         )
 
     def _made(self) -> Sequence[Job]:
-        jobs: list[Job] = []
+        jobs: list[Job] = [self._collector]
+        if self._retention is not None:
+            jobs.append(self._retention)
         if self._scrubber is not None:
             jobs.append(self._scrubber)
         return jobs
@@ -77,6 +92,15 @@ class Background:
     def suspicion(self) -> str:
         """Why this node does not trust what it reads from its own disk; "" while it does."""
         return self._scrubber.suspicion if self._scrubber is not None else ""
+
+    async def prune(self, request: messages.Prune) -> messages.PruneReply:
+        """Applies the retention rules now, or tells what that would do. Raises Refused on a node
+        that is no coordinator."""
+        if self._retention is None:
+            raise Refused("only a coordinator applies retention rules", next="ckptd nodes")
+        return answer(
+            await self._retention.apply(dry_run=request.dry_run, confirmed=request.confirmed)
+        )
 
     async def run(self) -> None:
         """Runs all jobs until it is cancelled."""
@@ -95,6 +119,52 @@ def _or_none(load: Callable[[], frozenset[str]]) -> frozenset[str]:
         return load()
     except CkptdError:  # the disk has just failed: the node says so, and its jobs do nothing
         return frozenset()
+
+
+def _confirmation(ground: Ground) -> Confirmation:
+    def own(version_id: str) -> bytes | None:
+        wall_s = ground.clock.wall_s()
+        return ground.records.inventory(version_id, ground.shards, wall_s)[0]
+
+    return Confirmation(
+        node_id=ground.members.own,
+        own=own,
+        network=ground.network,
+        workers=ground.other_workers,
+        machines=lambda: {node: s.machine for node, s in ground.members.standings().items()},
+        on_disk=ground.on_disk,
+        copies=ground.config.replication.copies,
+    )
+
+
+def _collector(ground: Ground, confirmation: Confirmation) -> Collector:
+    return Collector(
+        records=ground.records,
+        shards=ground.shards,
+        confirmation=confirmation,
+        others=lambda: ground.members.roster.workers() - {ground.members.own},
+        heard_s=ground.known_until_s,
+        grace_s=ground.config.gc.grace_s,
+        clock=ground.clock,
+        on_disk=ground.on_disk,
+        rng=random.Random(),
+    )
+
+
+def _retention(ground: Ground, confirmation: Confirmation) -> Retention:
+    return Retention(
+        cluster=ground.config.cluster,
+        rules=ground.config.retention,
+        records=ground.records,
+        signer=ground.signer,
+        network=ground.network,
+        confirmation=confirmation,
+        workers=ground.other_workers,
+        is_steward=ground.members.is_steward,
+        clock=ground.clock,
+        on_disk=ground.on_disk,
+        rng=random.Random(),
+    )
 
 
 def _scrubber(ground: Ground, shards: ShardStore) -> Scrubber:

@@ -91,7 +91,12 @@ class Node:
                 if config.is_worker and config.store is not None
                 else None
             )
-            self.records = Records(DocumentFiles(self._directory), cluster=config.cluster, ca=ca)
+            self.records = Records(
+                DocumentFiles(self._directory),
+                cluster=config.cluster,
+                ca=ca,
+                shards=self.worker.shards if self.worker else None,
+            )
             self.records.load()
             self._boot_id = boot_id()
             self._presence = Presence(config, self.records, self._signer)
@@ -177,6 +182,14 @@ class Node:
         await self.background.jobs.set_paused(request.job, request.paused)
         return self.status(), b""
 
+    async def _prune(self, request: messages.Prune, _: Payload, progress: Progress) -> Answer:
+        assert self.background is not None, "requests come while it runs"
+        pruning = asyncio.ensure_future(self.background.prune(request))
+        while not pruning.done():
+            await asyncio.wait([pruning], timeout=limits.PROGRESS_INTERVAL_S)
+            progress(messages.Progress(()))
+        return pruning.result(), b""
+
     peers: Peers | None = None
     background: Background | None = None
     control: ControlServer
@@ -243,6 +256,7 @@ class Node:
             status=self.status,
             more={
                 messages.SetJob: self._set_job,
+                messages.Prune: self._prune,
                 **{kind: answer for part in self._parts for kind, answer in part.handlers.items()},
             },
         )
@@ -313,16 +327,20 @@ class Node:
             _log.info("node_stopped", node=self._node.id)
 
     def _ground(self, network: NodeNetwork, requests: Requests) -> Ground:
+        assert self.peers is not None
         return Ground(
             config=self.config,
             directory=self._directory,
             shards=self.worker.shards if self.worker else None,
+            records=self.records,
             members=self.members,
             network=network,
             clock=SYSTEM_CLOCK,
             on_disk=requests.on_disk,
             metrics=self.metrics,
             on_corrupt=requests.note_corrupt,
+            signer=self._signer,
+            known_until_s=self.peers.known_until_s,
         )
 
     def _start_tasks(

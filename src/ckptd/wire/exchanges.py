@@ -36,6 +36,7 @@ REQUESTS: Final[dict[type[Message], frozenset[type[Message]]]] = {
     messages.Verify: frozenset({messages.VerifyReply}),
     messages.ReportCorrupt: frozenset({messages.VerifyReply}),
     messages.GetWatched: frozenset({messages.Watched}),
+    messages.Prune: frozenset({messages.PruneReply}),
     messages.SetJob: frozenset({messages.NodeStatus}),
     messages.PushShard: frozenset({messages.PutResult}),
     messages.PutShard: frozenset({messages.Ready, messages.PutResult}),

@@ -307,6 +307,35 @@ class Watched(Message, frozen=True):
     scanned: bool
 
 
+class Prune(Message, frozen=True):
+    """Apply the retention rules of your config now, or tell what that would do. `confirmed`: also
+    if it drops more than half of the live versions."""
+
+    dry_run: bool
+    confirmed: bool = False
+
+
+class PruneRow(Message, frozen=True):
+    """A live version, and why it goes or stays."""
+
+    version: Digest
+    reason: Annotated[str, Meta(max_length=limits.PRUNE_REASON_MAX)]
+
+
+PruneRows: TypeAlias = Annotated[tuple[PruneRow, ...], Meta(max_length=limits.PRUNE_ROWS_MAX)]
+
+
+class PruneReply(Message, frozen=True):
+    """What the rules drop and keep, newest first: the first few of `delete_count` and `keep_count`.
+    `waits`: nothing was dropped, because that needs to be confirmed."""
+
+    delete: PruneRows
+    keep: PruneRows
+    delete_count: Size
+    keep_count: Size
+    waits: bool
+
+
 class SetJob(Message, frozen=True):
     """Pause this background job, or let it go on; that survives a restart of the node."""
 
@@ -409,6 +438,8 @@ TYPES: Final[dict[int, type[Message]]] = {
     21: ReportCorrupt,
     22: GetWatched,
     23: Watched,
+    28: Prune,
+    29: PruneReply,
     30: SetJob,
     32: PutShard,
     33: Ready,

@@ -26,6 +26,7 @@ ACTIONS = {
     Action.PUT_DOCUMENTS: "y y y y -",
     Action.SYNC: "y y y y -",
     Action.WATCHED: "- y y y -",
+    Action.PRUNE: "- - y y -",
     Action.SET_JOB: "- - y y -",
     Action.SCRAPE: "- - y y y",
 }

@@ -117,6 +117,17 @@ SAMPLES: dict[str, tuple[Message, bytes]] = {
         messages.SyncReply(False, 2),
         messages.encode_document_ids((VERSION, OTHER)),
     ),
+    "prune": (messages.Prune(dry_run=True, confirmed=True), b""),
+    "prune_reply": (
+        messages.PruneReply(
+            (messages.PruneRow(VERSION, "not among the newest 3"),),
+            (messages.PruneRow(OTHER, "among the newest 3"),),
+            1,
+            1,
+            False,
+        ),
+        b"",
+    ),
     "set_job": (messages.SetJob("scrub", paused=True), b""),
     "verify": (messages.Verify((SHARD, OTHER)), b""),
     "verify_reply": (messages.VerifyReply(("ok", "corrupt")), b""),

@@ -1,0 +1,143 @@
+"""Retention and garbage collection with real daemons: what goes, what stays, and the disks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from tests.cluster.kill_fixtures import DEADLINE_S, make_checkpoint, wait_until
+from tests.cluster.test_watcher import Watched
+
+from ckptd.core.documents import document_id
+
+GRACE_S = 4.0
+SETTINGS = (
+    "replication.shard_size=256KiB",
+    "watch.settle=200ms",
+    "watch.settle_max=1s",
+    "watch.retry=500ms",
+    f"gc.grace={int(GRACE_S)}s",
+    "retention=[{runs: unruled, keep_last: 1000}, {runs: '*', keep_last: 3}]",
+)
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """Three workers and a coordinator with rules; who kills, brings back."""
+    directory = tmp_path_factory.mktemp("retention") / "local"
+    cluster = Watched(directory, count=3, settings=SETTINGS, coordinator=True)
+    try:
+        cluster.up()
+        yield cluster
+    finally:
+        cluster.kill("coordinator", *cluster.running())
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def shards_of(cluster: Watched, name: str) -> set[str]:
+    """All shards that the live versions of a name are made of."""
+    found = cluster.command("show", name).document["versions"]
+    return {shard["shard"] for version in found for shard in version["shards"]}
+
+
+def on_disks(cluster: Watched) -> set[str]:
+    return set(cluster.all_shards())
+
+
+def newest_is(cluster: Watched, name: str, content: bytes) -> bool:
+    found = cluster.command("show", name).document
+    if not found.get("versions") or found["versions"][0]["state"] != "protected":
+        return False
+    return any(file["sha256"] == document_id(content) for file in found["files"])
+
+
+def overwrite(latest: Path, content: bytes) -> None:
+    """As trainers do that know what they do."""
+    new = latest / "weights.bin.tmp"
+    new.write_bytes(content)
+    os.replace(new, latest / "weights.bin")
+
+
+def test_overwritten_again_and_again_the_newest_three_stay_and_the_room_comes_back(
+    watched: Watched, tmp_path: Path
+) -> None:
+    name = "overwritten/latest"
+    latest = watched.root / name
+    latest.mkdir(parents=True)
+    contents = [f"{number} ".encode() * 40_000 for number in range(201)]
+    for number, content in enumerate(contents[:200], 1):
+        overwrite(latest, content)
+        if number % 40 == 0:  # those between are faster than anybody could store them
+            stored = partial(newest_is, watched, name, content)
+            wait_until(stored, f"overwrite {number} to be protected")
+    overwrite(latest, contents[200])
+    wait_until(lambda: newest_is(watched, name, contents[200]), "one more to be protected")
+    wait_until(lambda: len(watched.versions(name)) == 3, "three versions")
+    written = {document_id(content): content for content in contents}
+    for version in watched.versions(name):
+        watched.restore(f"{name}@{version}", tmp_path / version)
+        found = (tmp_path / version / "weights.bin").read_bytes()
+        assert document_id(found) in written, "it restores, as something that was written"
+    wait_until(lambda: on_disks(watched) == shards_of(watched, name), "the room to come back")
+    for version in watched.versions(name):
+        assert watched.restore(f"{name}@{version}", tmp_path / f"again-{version}").verified
+    jobs = watched.command("jobs").document["jobs"]
+    assert {job["last_error"] for job in jobs} == {""}
+    assert sum(job["done_bytes"] for job in jobs if job["name"] == "gc") > 0
+
+
+def test_what_was_removed_comes_back_within_the_grace_and_its_room_after_it(
+    watched: Watched, tmp_path: Path
+) -> None:
+    name = "unruled/removed"
+    source = make_checkpoint(tmp_path / "model", name, size=1_000_000)
+    watched.store(source, name)
+    wait_until(lambda: len(watched.versions(name)) == 1, "the version")
+    shards = shards_of(watched, name)
+    time.sleep(GRACE_S)  # long stored: only what happens from now on may keep it
+    assert watched.command("rm", name, "--yes").code == 0
+    found = watched.command("undelete", name)
+    assert (found.code, found.document["state"]) == (0, "protected")
+    assert watched.comes_back(name, source)
+    assert watched.command("rm", name, "--yes").code == 0
+    wait_until(lambda: not shards & on_disks(watched), "the room to come back")
+    wait_until(
+        lambda: all(
+            not watched.manifests(f"node{number}") & {found.document["version"]}
+            for number in (1, 2, 3)
+        ),
+        "the manifests to go",
+    )
+    assert watched.command("undelete", name).code != 0
+
+
+def test_a_rule_that_drops_most_waits_for_a_confirmation(watched: Watched, tmp_path: Path) -> None:
+    name = "most/latest"
+    assert watched.command("jobs", "pause", "retention").code == 0
+    for number in range(12):
+        watched.store(make_checkpoint(tmp_path / str(number), number, size=50_000), name)
+    watched.kill("coordinator")
+    watched.up()
+    assert watched.command("jobs", "resume", "retention").code == 0
+
+    def waiting() -> bool:
+        jobs = watched.command("jobs").document["jobs"]
+        return any("more than half" in job["last_error"] for job in jobs)
+
+    wait_until(waiting, "the rules to wait")
+    shown = watched.command("prune", "--dry-run").document
+    assert shown["dry_run"] and shown["waits"]
+    assert {row["name"] for row in shown["delete"]} == {name}
+    assert {row["reason"] for row in shown["delete"]} == {"not among the newest 3"}
+    refused = watched.command("prune")
+    assert (refused.code, refused.document["error"]["kind"]) == (1, "refused")
+    assert len(watched.versions(name)) == 12
+    done = watched.command("prune", "--confirm").document
+    assert len(done["delete"]) == 9 and not done["waits"] and not done["dry_run"]
+    assert len(watched.versions(name)) == 3
+    wait_until(lambda: not waiting(), "nothing to wait", timeout_s=DEADLINE_S)
