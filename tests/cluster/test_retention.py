@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -10,10 +11,18 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tests.cluster.kill_fixtures import DEADLINE_S, make_checkpoint, wait_until
+from tests.cluster.kill_fixtures import (
+    DEADLINE_S,
+    make_checkpoint,
+    wait_until,
+    write_safetensors,
+)
 from tests.cluster.test_watcher import Watched
 
+from ckptd.client import store as store_module
+from ckptd.client.source import Source
 from ckptd.core.documents import document_id
+from ckptd.errors import SourceChanged
 
 GRACE_S = 4.0
 SETTINGS = (
@@ -39,10 +48,14 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def shards_of(cluster: Watched, name: str) -> set[str]:
-    """All shards that the live versions of a name are made of."""
+def shard_bytes(cluster: Watched, name: str) -> dict[str, int]:
+    """All shards that the live versions of a name are made of, and their sizes."""
     found = cluster.command("show", name).document["versions"]
-    return {shard["shard"] for version in found for shard in version["shards"]}
+    return {shard["shard"]: shard["bytes"] for version in found for shard in version["shards"]}
+
+
+def shards_of(cluster: Watched, name: str) -> set[str]:
+    return set(shard_bytes(cluster, name))
 
 
 def on_disks(cluster: Watched) -> set[str]:
@@ -89,6 +102,122 @@ def test_overwritten_again_and_again_the_newest_three_stay_and_the_room_comes_ba
     jobs = watched.command("jobs").document["jobs"]
     assert {job["last_error"] for job in jobs} == {""}
     assert sum(job["done_bytes"] for job in jobs if job["name"] == "gc") > 0
+
+
+def weights(number: int) -> dict[str, bytes]:
+    """Tensors of which one never changes, as of a base model that is not trained."""
+    generator = random.Random(number)
+    return {
+        "base": random.Random("base").randbytes(300_000),
+        "head": generator.randbytes(200_000 + number),
+    }
+
+
+def copies_on_disks(cluster: Watched) -> dict[str, int]:
+    """By shard, in how many files it is."""
+    return {shard: len(nodes) for shard, nodes in cluster.all_shards().items()}
+
+
+def left_behind(cluster: Watched) -> list[Path]:
+    """Files of workers' stores in which nothing should be for long."""
+    stores = [cluster.store_path(f"node{number}") for number in range(1, cluster.count + 1)]
+    return [
+        path
+        for store in stores
+        for directory in ("incoming", "quarantine")
+        for path in (store / directory).rglob("*")
+        if path.is_file()
+    ]
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_two_hundred_overwrites_in_place_end_with_three_versions_and_the_room_of_three(
+    tmp_path: Path,
+) -> None:
+    """With the watcher's own patience, and a grace that is over again and again meanwhile."""
+    settings = (
+        "replication.shard_size=256KiB",
+        "gc.grace=5s",
+        "retention=[{runs: '*', keep_last: 3}]",
+    )
+    cluster = Watched(tmp_path / "local", count=4, settings=settings, coordinator=True)
+    name = "run/latest"
+    file = cluster.root / name / "model.safetensors"
+    numbers: dict[str, int] = {}
+
+    def overwrite_in_place(number: int) -> bytes:
+        write_safetensors(file, weights(number))
+        content = file.read_bytes()
+        numbers[document_id(content)] = number
+        return content
+
+    try:
+        cluster.up()
+        file.parent.mkdir(parents=True)
+        for number in range(1, 201):
+            content = overwrite_in_place(number)
+            if number % 10 == 0:
+                stored = partial(newest_is, cluster, name, content)
+                wait_until(stored, f"overwrite {number} to be protected", timeout_s=60)
+        last = overwrite_in_place(201)
+        wait_until(lambda: newest_is(cluster, name, last), "the last one", timeout_s=60)
+        wait_until(lambda: len(cluster.versions(name)) == 3, "three versions")
+
+        versions = cluster.versions(name)
+
+        def restored(where: str) -> list[int]:
+            found = []
+            for version in versions:
+                target = tmp_path / where / version
+                assert cluster.restore(f"{name}@{version}", target).verified
+                found.append(numbers[document_id((target / file.name).read_bytes())])
+            return found
+
+        before = restored("at-once")
+        assert before[0] == 201 and before == sorted(set(before), reverse=True)
+        needed = dict.fromkeys(shards_of(cluster, name), 2)
+        wait_until(lambda: copies_on_disks(cluster) == needed, "the room", timeout_s=60)
+        for number in range(1, cluster.count + 1):
+            wait_until(
+                lambda node=f"node{number}": cluster.manifests(node) == set(versions),  # type: ignore[misc]
+                "the manifests",
+            )
+        assert left_behind(cluster) == []
+        assert cluster.versions(name) == versions
+        assert restored("at-the-end") == before
+        assert cluster.command("verify", "--all").code == 0
+        assert len(cluster.stored_events(name)) >= 20, "each that stayed for long was stored"
+    finally:
+        cluster.kill("coordinator", *cluster.running())
+
+
+def test_a_store_that_takes_longer_than_the_grace_keeps_its_shards(
+    watched: Watched, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = make_checkpoint(tmp_path / "slow", "slow", size=1_000_000)
+    broken_off = make_checkpoint(tmp_path / "broken-off", "broken off", size=500_000)
+    before = on_disks(watched)
+    sent: set[str] = set()
+
+    def meanwhile(source: Source, hashes: list[str]) -> None:
+        """All shards are sent, and no manifest names them yet."""
+        if source.root == broken_off:
+            raise SourceChanged("it was broken off")
+        sent.update(on_disks(watched) - before)
+        with pytest.raises(SourceChanged):
+            watched.store(broken_off, "unruled/broken-off")
+        unwanted = on_disks(watched) - before - sent
+        assert sent and unwanted
+        # Younger than those of the slow store, and nobody wants them any more.
+        wait_until(lambda: not unwanted & on_disks(watched), "the grace to be over")
+
+    monkeypatch.setattr(store_module, "_check_still", meanwhile)
+    result = watched.store(slow, "unruled/slow")
+    assert sent <= on_disks(watched)
+    assert result.state == "protected"
+    assert result.bytes_sent == sum(shard_bytes(watched, "unruled/slow").values()), "sent once"
+    assert watched.comes_back("unruled/slow", slow)
 
 
 def test_what_was_removed_comes_back_within_the_grace_and_its_room_after_it(

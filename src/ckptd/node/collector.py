@@ -30,6 +30,7 @@ _log = structlog.get_logger(__name__)
 _LOOK_MIN_S: Final = 1.0
 _LOOK_MAX_S: Final = 60.0
 _LOOKS_PER_GRACE: Final = 16
+_RELEASES_PER_GRACE: Final = 16  # each reads all manifests
 _SWEEPS_PER_GRACE: Final = 4  # for shards that no manifest ever named
 _REMOVED_AT_ONCE: Final = 32
 _MARKED_AT_ONCE: Final = 16
@@ -73,6 +74,7 @@ class Collector:
         self._rng = rng
         self._dead_since_s: dict[str, float] = {}
         self._swept_s = clock.monotonic_s()
+        self._released_s: float | None = None
         self._collected_bytes = 0
         self._waits_for = ""
 
@@ -86,7 +88,7 @@ class Collector:
         self._note_dead(census)
         self._waits_for = ""
         heard_s = self._heard_by_half_s()
-        released = await self._released(census, heard_s)
+        released = await self._released(census, heard_s) if self._may_release(census) else {}
         sweep_s = self._grace_s / _SWEEPS_PER_GRACE
         if released or census.at_s - self._swept_s >= sweep_s:
             if doubt := self._records.doubt():
@@ -111,6 +113,13 @@ class Collector:
         if heard_s is None:
             self._waits_for = "half of the other workers must have been heard first"
         return heard_s
+
+    def _may_release(self, census: Census) -> bool:
+        """Not after every version that dies: of a checkpoint that is overwritten every minute one
+        does every minute, and a pass reads all manifests."""
+        released_s = self._released_s
+        pause_s = self._grace_s / _RELEASES_PER_GRACE
+        return released_s is None or census.at_s - released_s >= pause_s
 
     async def _released(self, census: Census, heard_s: float | None) -> dict[str, Fate]:
         """Dead versions whose grace is over and that, to all that is known, may go."""
@@ -152,6 +161,7 @@ class Collector:
             await self._remove(self._shards, marks, untouched_since)
         if gone:
             await self._on_disk(partial(self._records.drop, sorted(gone)))
+            self._released_s = census.at_s
             _log.info("dead_versions_dropped", versions=len(gone))
         self._swept_s = census.at_s
 
@@ -169,7 +179,7 @@ class Collector:
             if references is not None:
                 for digest, _ in references:
                     marks.mark(digest)
-            elif version_id in census.live:
+            else:  # dead or live: it must be kept, with shards that nobody knows
                 raise _InDoubt(f"the manifest of version {version_id} cannot be read")
 
     async def _remove(self, shards: ShardStore, marks: Marks, untouched_since: float) -> None:

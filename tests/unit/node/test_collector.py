@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -103,6 +103,34 @@ def test_a_node_without_shards_drops_manifests_alone(cluster: SmallCluster) -> N
     outlive_the_grace(cluster, "mac")
     cluster.mac.collect()
     assert removed not in cluster.mac.records.catalogue
+
+
+def test_of_versions_that_die_one_after_the_other_several_go_in_one_pass(
+    cluster: SmallCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.store("run/latest", NEW)
+    removed = [cluster.store("run/latest", f"old {n}".encode() * 100) for n in range(20)]
+    pi1 = cluster["pi1"]
+    for version in removed:
+        cluster.remove(version)
+        pi1.collect()
+        cluster.clock.advance(SOON_S)
+    cluster.clock.advance(GRACE_S - len(removed) * SOON_S)
+    passes: list[int] = []
+    drop = pi1.records.drop
+
+    def counted(version_ids: Sequence[str]) -> None:
+        passes.append(len(version_ids))
+        drop(version_ids)
+
+    monkeypatch.setattr(pi1.records, "drop", counted)
+    for _ in range(2 * len(removed)):
+        pi1.hear()
+        pi1.collect()
+        cluster.clock.advance(SOON_S)
+    assert sum(passes) == len(removed)
+    assert len(passes) <= 2 * len(removed) * SOON_S / (GRACE_S / 16) + 1
+    assert pi1.has(NEW) and len(pi1.shards) == 1
 
 
 # -- the grace
@@ -301,6 +329,23 @@ def test_a_live_manifest_that_cannot_be_read_stops_it(cluster: SmallCluster) -> 
     outlive_the_grace(cluster)
     assert pi1.collect() == ""
     assert pi1.has(TWO) and not pi1.has(ONE)
+
+
+def test_a_dead_manifest_that_must_be_kept_and_cannot_be_read_stops_it(
+    cluster: SmallCluster,
+) -> None:
+    old = cluster.store("run/latest", ONE)
+    new = cluster.store("run/latest", NEW)
+    cluster.drop(old, by=new)
+    cluster.down.add("pi2")  # so that it waits for what justifies it
+    Path(cluster.path, "pi1", "catalogue", f"{old}.json").write_bytes(b"{}")
+    outlive_the_grace(cluster)
+    pi1 = cluster["pi1"]
+    assert "cannot be read" in pi1.collect()
+    assert pi1.has(ONE)
+    cluster.down.clear()
+    pi1.collect()
+    assert not pi1.has(ONE), "it need not be kept any more"
 
 
 # -- what a policy dropped
