@@ -117,6 +117,7 @@ class WatchRoot(msgspec.Struct, frozen=True):
 class RepairConfig(msgspec.Struct, frozen=True):
     after_s: float = msgspec.field(default=600.0, name="after")
     rate_bytes_per_s: int = msgspec.field(default=20_000_000, name="rate")
+    promise_s: float = msgspec.field(default=600.0, name="promise")
 
 
 class GcConfig(msgspec.Struct, frozen=True):
@@ -250,7 +251,7 @@ def inactive_keys(config: Config) -> list[str]:
     if config.node is not None and not config.is_coordinator:
         inactive += [f"watch[{index}]" for index in range(len(config.watch))]
         inactive += [f"retention[{index}]" for index in range(len(config.retention))]
-    return [*inactive, "repair.rate"]
+    return inactive
 
 
 def effective(config: Config) -> dict[str, object]:
@@ -449,6 +450,7 @@ def _repair(section: Section) -> RepairConfig:
     repair = RepairConfig(
         after_s=section.duration("after", 600.0, 0.1, QUANTITY_MAX_S),
         rate_bytes_per_s=section.rate("rate", 20_000_000, 1000, QUANTITY_MAX_BYTES),
+        promise_s=section.duration("promise", 600.0, 1.0, 86_400.0),
     )
     section.close()
     return repair

@@ -104,7 +104,7 @@ def test_a_client_needs_only_cluster_and_tls_and_gets_the_documented_defaults() 
         "membership": {"heartbeat": "1s", "suspect": "5s", "down": "20s"},
         "watch": [],
         "retention": [],
-        "repair": {"after": "10m", "rate": "20MB/s"},
+        "repair": {"after": "10m", "rate": "20MB/s", "promise": "10m"},
         "gc": {"grace": "1d"},
         "scrub": {"interval": "14d", "rate": "10MB/s"},
         "observe": {"listen": "127.0.0.1:9701", "tls": True, "log_level": "info"},
@@ -302,17 +302,13 @@ def test_the_reserve_is_a_share_or_a_size() -> None:
 
 
 def test_keys_without_effect_in_this_version_are_listed() -> None:
-    assert inactive_keys(read(FULL)) == [
-        "watch[0]",
-        "retention[0]",
-        "repair.rate",
-    ]
+    assert inactive_keys(read(FULL)) == ["watch[0]", "retention[0]"]
     coordinator = client_with(
         node={"id": "desk", "roles": ["coordinator"]},
         store={"path": "/srv/ckptd"},
         watch=[{"root": "/runs"}],
     )
-    assert inactive_keys(read(coordinator)) == ["store", "repair.rate"]
+    assert inactive_keys(read(coordinator)) == ["store"]
 
 
 def test_a_coordinator_needs_no_store_and_has_a_place_for_its_state() -> None:

@@ -62,6 +62,11 @@ def _status(found: ClusterStatus) -> str:
         f"room: {size(room.bytes_storable)} of checkpoints with all copies{fit}",
         f"oldest check of a copy: {moment(found.scrub.oldest_verified_at)}",
     ]
+    if found.repair.queued_shards:
+        copies = size(found.repair.queued_bytes)
+        lines.append(f"repair: {count(found.repair.queued_shards, 'shard')}, {copies} to copy")
+    if found.repair.waiting:
+        lines.append(f"repair waits: {printable(found.repair.waiting)}")
     for pending in found.pending[:_SHOWN_MAX]:
         lines.append(f"{pending.state}: {printable(pending.path)}: {printable(pending.reason)}")
     if len(found.pending) > _SHOWN_MAX:

@@ -73,8 +73,12 @@ class Pending(Struct, frozen=True):
 
 
 class RepairQueue(Struct, frozen=True):
+    """What the steward has to copy, as it found when it last asked. `waiting` says in words what
+    it waits for, "" when for nothing."""
+
     queued_shards: int = 0
     queued_bytes: int = 0
+    waiting: str = ""
 
 
 class ScrubState(Struct, frozen=True):
@@ -223,11 +227,19 @@ async def cluster_status(cluster: Cluster) -> ClusterStatus:
             Pending(u.path, u.reason, u.since, u.name, state.value, u.size)
             for u, state in zip(unstored, states, strict=True)
         ),
-        repair=RepairQueue(),
+        repair=_repair_queue(cluster),
         scrub=ScrubState(timestamp(min(known)) if len(known) == len(checks) and known else None),
         room=room_of(cluster, versions),
         steward=steward_of(cluster),
     )
+
+
+def _repair_queue(cluster: Cluster) -> RepairQueue:
+    told = [node.status.repair for node in cluster.nodes.values()]
+    view = next((each for each in told if each is not None), None)
+    if view is None:
+        return RepairQueue()
+    return RepairQueue(view.queued_shards, view.queued_bytes, view.waiting)
 
 
 def _unreachable(cluster: Cluster, counts: dict[str, int]) -> ClusterStatus:

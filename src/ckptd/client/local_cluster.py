@@ -37,7 +37,7 @@ from ckptd.errors import CkptdError, ConfigError, NotFound, UsageError
 CLUSTER: Final = "local"
 DEFAULT_DIRECTORY: Final = "~/.local/share/ckptd/local"
 LOCAL_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "repair": {"after": "10s"},
+    "repair": {"after": "10s", "promise": "10s"},
     "gc": {"grace": "60s"},
     "membership": {"heartbeat": "500ms", "suspect": "2s", "down": "5s"},
 }

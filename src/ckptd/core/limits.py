@@ -182,6 +182,24 @@ COMMIT_ROUNDS_MAX: Final = 5
 SHARDS_AHEAD_MAX: Final = 128  # hashed and waiting to be sent
 SHARDS_PER_VERIFY: Final = 64  # in one question
 
+SHARDS_PER_SURVEY: Final = 64 * KIB  # of the versions that a steward asks about together
+
+# Repair, rebalancing, and dropping copies that are too many
+SHARDS_PER_COPY_MAX: Final = 256  # in one request
+COPY_SLICE_S: Final = 5.0  # a holder sends for about so long on one request
+REPAIR_LOOK_S: Final = 2.0  # between two looks at the nodes
+REPAIR_SCAN_GAP_S: Final = 5.0  # between two questions about all versions, at least
+REPAIR_SCAN_SLOWDOWN: Final = 10.0  # ... and this many times as long as the last one took
+REPAIR_SCAN_INTERVAL_S: Final = 600.0  # when nothing has changed
+REPAIR_SURPLUS_INTERVAL_S: Final = 60.0  # ... and some node holds a copy too many
+REPAIR_SETTLE_MAX_S: Final = 30.0  # a version that is just being stored is left alone so long
+REPAIR_AVOID_S: Final = 30.0  # a node that a copy failed with is passed over for so long
+SURPLUS_NOTED_MAX: Final = 16 * KIB  # shards that a node was told of and has not looked at
+SURPLUS_PER_SLICE: Final = 1024  # shards that are asked about together
+REBALANCE_LOOK_S: Final = 30.0
+REBALANCE_ROUND_BYTES: Final = GIB  # moved before it is looked again who has how much
+PROMISES_MAX: Final = 32 * KIB  # of one node at a time, about 150 bytes each
+
 # Questions of a client
 MANIFEST_ENTRIES_AT_ONCE: Final = 10_000  # shards and files of the manifests in memory together
 CLAIMS_CHECKED_AT_ONCE: Final = 8  # manifests with an order ahead of the clock

@@ -3,8 +3,9 @@
 The reasons behind the rows:
 
 - A stolen worker must not read checkpoints, so workers fetch no shards: repair is pushed by the
-  node that holds the copy. It must not delete or forge either, so a worker signs nothing but its
-  own membership.
+  node that holds the copy. A worker may plan it (there may be no coordinator), but the holder
+  decides, and nobody can order a copy to be dropped. It must not delete or forge either, so a
+  worker signs nothing but its own membership.
 - Deciding and reading are apart: an admin needs no checkpoint bytes, a monitor only numbers.
 - What a coordinator sees on its own disk is for people and other coordinators, not for workers.
 - Whatever is not listed is forbidden.
@@ -37,6 +38,9 @@ class Action(StrEnum):
     GET_DOCUMENTS = "get_documents"
     PUT_DOCUMENTS = "put_documents"
     SYNC = "sync"
+    COPY_SHARDS = "copy_shards"
+    PROMISE = "promise"
+    SURPLUS = "surplus"
     WATCHED = "watched"
     PRUNE = "prune"
     SET_JOB = "set_job"
@@ -71,14 +75,15 @@ _CATALOGUE: Final = frozenset(
     }
 )
 _REPLICATE: Final = frozenset({Action.HAVE, Action.PUT_SHARD})
+_STEWARD: Final = frozenset({Action.COPY_SHARDS, Action.SURPLUS})
 _CHECK: Final = frozenset({Action.HAVE, Action.VERIFY, Action.REPORT_CORRUPT})
 _READ_AND_WRITE: Final = _REPLICATE | _CHECK | {Action.GET_SHARD, Action.PUSH_SHARD}
 _OPERATE: Final = frozenset({Action.WATCHED, Action.PRUNE, Action.SET_JOB, Action.SCRAPE})
 
 PERMITTED_ACTIONS: Final = MappingProxyType(
     {
-        Role.WORKER: _CATALOGUE | _REPLICATE,
-        Role.COORDINATOR: _CATALOGUE | _READ_AND_WRITE | {Action.WATCHED},
+        Role.WORKER: _CATALOGUE | _REPLICATE | _STEWARD | {Action.PROMISE},
+        Role.COORDINATOR: _CATALOGUE | _READ_AND_WRITE | _STEWARD | {Action.WATCHED},
         Role.CLIENT: _CATALOGUE | _READ_AND_WRITE | _OPERATE,
         Role.ADMIN: _CATALOGUE | _CHECK | _OPERATE,
         Role.MONITOR: frozenset({Action.SCRAPE}),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ckptd.clock import Clock
 from ckptd.config import Config
@@ -12,6 +13,7 @@ from ckptd.core import limits
 from ckptd.core.scrubbing import Pace
 from ckptd.core.signing import Signer
 from ckptd.errors import CkptdError, Refused
+from ckptd.net.control_connection import Answer, Payload, Progress
 from ckptd.node.collector import Collector
 from ckptd.node.confirmation import Confirmation
 from ckptd.node.jobs import Job, Jobs, PausedJobs
@@ -21,18 +23,22 @@ from ckptd.node.quarantine_keeper import QuarantineKeeper
 from ckptd.node.records import Records
 from ckptd.node.retention import Retention, answer
 from ckptd.node.scrubber import Scrubber
+from ckptd.node.upkeep import Upkeep
 from ckptd.observe.metrics import Metrics
 from ckptd.store import layout
+from ckptd.store.copy_reader import VerifyResult
 from ckptd.store.marker import StoreDirectory
 from ckptd.store.shards import ShardStore
 from ckptd.store.state_file import StateFile
 from ckptd.wire import messages
+from ckptd.wire.messages import Message
 
 
 @dataclass(frozen=True)
 class Ground:
     """What background jobs stand on. `shards` is None on a node that keeps none. `on_corrupt` is
-    told each shard whose copy here went to quarantine."""
+    told each shard whose copy here went to quarantine; `suspect` re-reads one that may be bad.
+    `status` is what the node says of itself."""
 
     config: Config
     directory: StoreDirectory
@@ -46,6 +52,8 @@ class Ground:
     on_corrupt: Callable[[bytes], None]
     signer: Signer
     known_until_s: Callable[[str], float | None]
+    status: Callable[[], messages.NodeStatus]
+    suspect: Callable[[bytes], Awaitable[VerifyResult]]
 
     def other_workers(self) -> list[str]:
         """Ids of the other workers that can be asked now."""
@@ -67,6 +75,19 @@ class Background:
         self._collector = _collector(ground, confirmation)
         is_coordinator = ground.config.is_coordinator
         self._retention = _retention(ground, confirmation) if is_coordinator else None
+        self._upkeep = Upkeep(
+            node_id=ground.members.own,
+            config=ground.config,
+            records=ground.records,
+            shards=ground.shards,
+            standings=ground.members.standings,
+            status=ground.status,
+            suspect=ground.suspect,
+            network=ground.network,
+            metrics=ground.metrics,
+            on_disk=ground.on_disk,
+            clock=ground.clock,
+        )
         state = StateFile(
             ground.directory, layout.PAUSED_JOBS, max_bytes=limits.STATE_FILE_MAX_BYTES
         )
@@ -79,6 +100,8 @@ class Background:
             metrics=ground.metrics,
             rng=random.Random(),
         )
+        if ground.shards is not None:
+            self._upkeep.trimmer.wake = partial(self.jobs.wake, "trim")
 
     def _made(self) -> Sequence[Job]:
         jobs: list[Job] = [self._collector]
@@ -86,7 +109,18 @@ class Background:
             jobs.append(self._retention)
         if self._scrubber is not None:
             jobs.append(self._scrubber)
-        return jobs
+        return [*jobs, *self._upkeep.jobs]
+
+    async def answer(self, message: Message, payload: Payload, progress: Progress) -> Answer:
+        """Answers what others ask of the jobs."""
+        handler = self._upkeep.handlers.get(type(message))
+        if handler is None:
+            raise Refused(f"this node has not the role to answer {type(message).__name__}")
+        return await handler(message, payload, progress)
+
+    def repair_view(self) -> messages.RepairView | None:
+        """What this node knows of missing copies as the steward."""
+        return self._upkeep.repairer.view()
 
     @property
     def suspicion(self) -> str:

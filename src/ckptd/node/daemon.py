@@ -51,6 +51,7 @@ from ckptd.observe.pages import Health, Target
 from ckptd.store.documents import DocumentFiles
 from ckptd.store.room import Room
 from ckptd.wire import messages
+from ckptd.wire.messages import Message
 
 _log = structlog.get_logger(__name__)
 
@@ -174,6 +175,7 @@ class Node:
             uptime_s=time.monotonic() - self._started_s,
             failed_reason=self._directory.medium.failed or self._suspicion(),
             peers=tuple(self.members.views()),
+            repair=self.background.repair_view() if self.background is not None else None,
             jobs=self.background.jobs.views() if self.background is not None else (),
         )
 
@@ -189,6 +191,10 @@ class Node:
             await asyncio.wait([pruning], timeout=limits.PROGRESS_INTERVAL_S)
             progress(messages.Progress(()))
         return pruning.result(), b""
+
+    async def _ask_jobs(self, request: Message, payload: Payload, progress: Progress) -> Answer:
+        assert self.background is not None, "requests come while it runs"
+        return await self.background.answer(request, payload, progress)
 
     peers: Peers | None = None
     background: Background | None = None
@@ -257,6 +263,9 @@ class Node:
             more={
                 messages.SetJob: self._set_job,
                 messages.Prune: self._prune,
+                messages.CopyShards: self._ask_jobs,
+                messages.Promise: self._ask_jobs,
+                messages.Surplus: self._ask_jobs,
                 **{kind: answer for part in self._parts for kind, answer in part.handlers.items()},
             },
         )
@@ -341,6 +350,8 @@ class Node:
             on_corrupt=requests.note_corrupt,
             signer=self._signer,
             known_until_s=self.peers.known_until_s,
+            status=self.status,
+            suspect=requests.suspect,
         )
 
     def _start_tasks(

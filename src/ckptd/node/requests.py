@@ -41,6 +41,9 @@ _ACTIONS: Final[dict[type[Message], Action]] = {
     messages.Sync: Action.SYNC,
     messages.Verify: Action.VERIFY,
     messages.ReportCorrupt: Action.REPORT_CORRUPT,
+    messages.CopyShards: Action.COPY_SHARDS,
+    messages.Promise: Action.PROMISE,
+    messages.Surplus: Action.SURPLUS,
     messages.GetWatched: Action.WATCHED,
     messages.Prune: Action.PRUNE,
     messages.SetJob: Action.SET_JOB,
@@ -120,10 +123,13 @@ class Requests:
             what = action.value.replace("_", " ") if action else type(message).__name__
             _log.warning("request_refused", peer=identity.node_id, request=what)
             raise NotAuthorized(f"{identity} may not {what} here")
+        return await self._handler(message)(message, payload, progress)
+
+    def _handler(self, message: Message) -> Answerer:
         handler = self._handlers.get(type(message))
         if handler is None:
             raise Refused(f"this node has not the role to answer {type(message).__name__}")
-        return await handler(message, payload, progress)
+        return handler
 
     async def on_disk(self, work: Callable[[], _T]) -> _T:
         """Runs `work` in the pool."""

@@ -181,6 +181,24 @@ DEFINITIONS: Final[tuple[Definition, ...]] = (
         "Versions of the cluster, and checkpoints not stored yet, by state; told by the steward.",
     ),
     Definition(
+        "ckptd_shards_under_replicated",
+        "gauge",
+        (),
+        "Shards of live versions with too few copies; told by the steward.",
+    ),
+    Definition(
+        "ckptd_shards_unrecoverable",
+        "gauge",
+        (),
+        "Shards of live versions without any copy; told by the steward.",
+    ),
+    Definition(
+        "ckptd_repair_queue_bytes",
+        "gauge",
+        (),
+        "Bytes of copies that repair is to make; told by the steward.",
+    ),
+    Definition(
         "ckptd_build_info", "gauge", ("version", "python"), "Always 1; the labels tell what runs."
     ),
 )
@@ -366,6 +384,15 @@ class Metrics:
             if self._states is None:
                 self._states = states
                 self._registry.register(states)
+
+    def repair(
+        self, queue_bytes: int | None, under_replicated: int | None, unrecoverable: int | None
+    ) -> None:
+        """What is missing in the cluster; None: this node is not (any more) the one that tells."""
+        with self._lock:
+            self._set("repair_queue_bytes", queue_bytes)
+            self._set("shards_under_replicated", under_replicated)
+            self._set("shards_unrecoverable", unrecoverable)
 
     def _forget_skew(self, node: str) -> None:
         if self._skews_s.pop(node, None) is not None:

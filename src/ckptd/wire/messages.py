@@ -108,11 +108,24 @@ class JobView(Message, frozen=True):
     last_error: Text = ""
 
 
+class RepairView(Message, frozen=True):
+    """What the steward found when it last asked everybody. Shards are distinct ones of live
+    versions: `queued_shards` and `queued_bytes` are to be copied, `under_replicated` of them have
+    too few copies (the others are on a draining node), `unrecoverable` have none. `waiting` says
+    what repair waits for, "" when for nothing."""
+
+    queued_shards: Size = 0
+    queued_bytes: Size = 0
+    under_replicated: Size = 0
+    unrecoverable: Size = 0
+    waiting: Text = ""
+
+
 class NodeStatus(Message, frozen=True):
     """A node about itself; sizes in bytes, speed in bytes per second (0: not measured yet).
 
     `documents_digest` is the SHA-256 over its sorted document ids: equal digests mean equal
-    catalogues.
+    catalogues. `repair` is told by the steward alone.
     """
 
     node: Text
@@ -134,6 +147,7 @@ class NodeStatus(Message, frozen=True):
     failed_reason: LongText = ""
     peers: Annotated[tuple[PeerView, ...], Meta(max_length=limits.CLUSTER_NODES_MAX)] = ()
     jobs: Annotated[tuple[JobView, ...], Meta(max_length=limits.JOBS_PER_NODE_MAX)] = ()
+    repair: RepairView | None = None
 
 
 class GetStatus(Message, frozen=True):
@@ -343,6 +357,45 @@ class SetJob(Message, frozen=True):
     paused: bool
 
 
+class CopyShards(Message, frozen=True):
+    """Send your copies of these shards of a version to the node `target`, not faster than
+    `rate_bytes_per_s` (0: as fast as your own limit). Whether it does is for the holder to decide.
+    Answered by Progress and CopyShardsReply."""
+
+    version: Digest
+    shards: Annotated[tuple[Digest, ...], Meta(max_length=limits.SHARDS_PER_COPY_MAX)]
+    target: Text
+    rate_bytes_per_s: Rate = 0.0
+
+
+class Promise(Message, frozen=True):
+    """Promise to keep your copies of these shards of a version for `seconds`: I have too many."""
+
+    version: Digest
+    shards: Digests
+    seconds: Seconds
+
+
+class PromiseReply(Message, frozen=True):
+    """Bit i (of byte i // 8, least significant first): shard i is here, good, and will be kept."""
+
+    kept: Annotated[bytes, Meta(max_length=limits.SHARDS_PER_MESSAGE_MAX // 8)]
+
+
+class Surplus(Message, frozen=True):
+    """You hold these shards of a version, and others hold enough of them, too. A hint: the holder
+    drops nothing before others have promised to keep theirs."""
+
+    version: Digest
+    shards: Digests
+
+
+class SurplusReply(Message, frozen=True):
+    """How many of the shards the holder will look at."""
+
+    noted: Size
+
+
 class Hop(Message, frozen=True):
     """A next node of a chain, where its bulk port is."""
 
@@ -380,6 +433,13 @@ class CopyReport(Message, frozen=True):
 
 
 Reports: TypeAlias = Annotated[tuple[CopyReport, ...], Meta(max_length=limits.CHAIN_HOPS_MAX + 1)]
+
+
+class CopyShardsReply(Message, frozen=True):
+    """What the target said of each shard, or why it was not asked, in the order of the request.
+    Fewer than asked for when the time was over: ask again for the rest."""
+
+    reports: Annotated[tuple[CopyReport, ...], Meta(max_length=limits.SHARDS_PER_COPY_MAX)]
 
 
 class Ready(Message, frozen=True):
@@ -441,6 +501,9 @@ TYPES: Final[dict[int, type[Message]]] = {
     28: Prune,
     29: PruneReply,
     30: SetJob,
+    25: CopyShards,
+    26: CopyShardsReply,
+    27: Promise,
     32: PutShard,
     33: Ready,
     34: Progress,
@@ -448,6 +511,9 @@ TYPES: Final[dict[int, type[Message]]] = {
     36: GetShard,
     37: ShardData,
     38: PushShard,
+    39: PromiseReply,
+    40: Surplus,
+    41: SurplusReply,
 }
 # Kept free for pairing of new machines (64 to 79) and for subscriptions (80 to 95).
 RESERVED: Final = range(64, 96)

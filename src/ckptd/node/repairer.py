@@ -1,0 +1,333 @@
+"""The steward's job "repair": finds what has too few copies and has them made, worst first.
+
+Who is steward asks every worker about every live version when something has changed, and once in a
+while; between two rounds only about versions that are new or lack something. Copies go from worker
+to worker: the steward asks a holder to send, within `repair.rate`, and moves no shard itself. It
+tells holders of copies that are too many, too; what they do about that is up to them.
+
+Nothing is remembered over a restart, and need not be: whatever was done shows in the next answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Final, NamedTuple
+
+import structlog
+from msgspec import structs
+
+from ckptd.config import RepairConfig
+from ckptd.core import limits
+from ckptd.core.headers import VersionHeader
+from ckptd.core.repair import Copy, Needs, Planner, VersionCopies
+from ckptd.core.workers import Absences, judge_absences, recent_bytes
+from ckptd.errors import PeerError
+from ckptd.node.fleet import Fleet, Sight
+from ckptd.node.inventories import Inventories, batches
+from ckptd.node.jobs import JobProgress
+from ckptd.node.ports import Clock, Network, OnDisk
+from ckptd.node.records import Records
+from ckptd.node.repair_scan import Scan, Totals
+from ckptd.node.sending import Sending
+from ckptd.observe.metrics import Metrics
+from ckptd.wire import messages
+
+_log = structlog.get_logger(__name__)
+
+_VERSIONS_AT_ONCE: Final = 16
+
+
+class Repairer:
+    """As `ckptd.node.jobs.Job`; does nothing on a node that is not the steward."""
+
+    name = "repair"
+
+    def __init__(
+        self,
+        *,
+        fleet: Fleet,
+        inventories: Inventories,
+        records: Records,
+        network: Network,
+        config: RepairConfig,
+        metrics: Metrics,
+        on_disk: OnDisk,
+        clock: Clock,
+    ) -> None:
+        self._fleet = fleet
+        self._inventories = inventories
+        self._records = records
+        self._network = network
+        self._config = config
+        self._metrics = metrics
+        self._on_disk = on_disk
+        self._clock = clock
+        self._sending = Sending(network, config.rate_bytes_per_s)
+        self._settle_s = min(config.after_s, limits.REPAIR_SETTLE_MAX_S)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._steward = False
+        self._scan: Scan | None = None
+        self._totals: Totals | None = None
+        self._queue: dict[str, int] = {}
+        self._fine: set[str] = set()
+        self._sets: tuple[frozenset[str], ...] = ()
+        self._refilling: frozenset[str] = frozenset()
+        self._avoid_until_s: dict[str, float] = {}
+        self._done_bytes = 0
+        self._absences = Absences()
+        self._stuck = ""
+        self._shape: object = None
+        self._counts: dict[str, tuple[int, int, float]] = {}
+        self._digest = b""
+        self._full_due = True
+        self._new_due_s: float | None = None
+        self._next_scan_s = 0.0
+        self._next_full_s = 0.0
+
+    # -- what is told to others
+
+    def progress(self) -> JobProgress:
+        """As `Job.progress`."""
+        left = self._totals.queued_bytes if self._totals else 0
+        return JobProgress(self._done_bytes, self._done_bytes + left, self._stuck)
+
+    def view(self) -> messages.RepairView | None:
+        """What the steward knows; None on another node, and before the first round."""
+        if self._totals is None:
+            return None
+        waiting = "; ".join(text for text in (self._absences.waiting, self._stuck) if text)
+        return messages.RepairView(
+            queued_shards=self._totals.queued_shards,
+            queued_bytes=self._totals.queued_bytes,
+            under_replicated=self._totals.under_replicated,
+            unrecoverable=self._totals.unrecoverable,
+            waiting=waiting[: limits.REFUSED_TEXT_MAX],
+        )
+
+    def is_idle(self) -> bool:
+        """Whether a whole round has found nothing missing and nothing too much, and none is due."""
+        totals = self._totals
+        at_rest = self._scan is None and not self._full_due and not self._queue
+        return totals is not None and at_rest and not totals.queued_shards and not totals.surplus
+
+    def look_again(self) -> None:
+        """Copies have moved: the next round is about all versions."""
+        self._full_due = True
+
+    # -- the job
+
+    async def step(self) -> float:
+        """As `Job.step`."""
+        if not self._fleet.is_steward:
+            if self._steward:
+                self._forget()
+                self._metrics.repair(None, None, None)
+            return limits.REPAIR_LOOK_S
+        self._steward = True
+        sight = await self._fleet.look()
+        self._note(sight)
+        until_s = self._clock.monotonic_s() + limits.COPY_SLICE_S
+        if self._scan is None:
+            self._begin_scan()
+        if self._scan is not None and not await self._go_on(self._scan, sight, until_s):
+            return 0.0
+        moved = await self._repair(sight) if self._queue else False
+        self._tell_metrics()
+        return 0.0 if moved else limits.REPAIR_LOOK_S
+
+    def _tell_metrics(self) -> None:
+        if (totals := self._totals) is not None:
+            self._metrics.repair(totals.queued_bytes, totals.under_replicated, totals.unrecoverable)
+
+    def _note(self, sight: Sight) -> None:
+        """What has changed since the last look, and what is to be asked anew because of it."""
+        absences = judge_absences(sight.workers, after_s=self._config.after_s)
+        if absences.waiting != self._absences.waiting:
+            _log.info(
+                "repair_waits" if absences.waiting else "repair_goes_on", reason=absences.waiting
+            )
+        self._absences = absences
+        shape = (
+            tuple((w.node, w.up, w.draining, w.maintenance) for w in sight.workers),
+            tuple(worker.node for worker in absences.presumed),
+        )
+        if shape != self._shape:
+            self._shape = shape
+            self._full_due = True
+        for node, status in sight.statuses.items():
+            shards, quarantined, uptime_s = self._counts.get(node, (0, 0, 0.0))
+            lost_some = status.shards < shards or status.quarantined > quarantined
+            if lost_some or status.uptime_s < uptime_s:
+                self._full_due = True
+            self._counts[node] = (status.shards, status.quarantined, status.uptime_s)
+        digest = self._records.digest()
+        if digest != self._digest:
+            self._digest = digest
+            self._new_due_s = self._clock.monotonic_s()
+
+    # -- asking
+
+    def _begin_scan(self) -> None:
+        now_s = self._clock.monotonic_s()
+        if now_s < self._next_scan_s:
+            return
+        live = self._records.live_versions()
+        if self._full_due or now_s >= self._next_full_s:
+            self._scan = Scan(live, True, now_s)
+            self._full_due = False
+        elif self._new_due_s is not None and now_s >= self._new_due_s:
+            headers = [version for version in live if version.id not in self._fine]
+            self._scan = Scan(headers, False, now_s)
+        else:
+            return
+        self._new_due_s = None
+
+    async def _go_on(self, scan: Scan, sight: Sight, until_s: float) -> bool:
+        """Asks until the time is over; whether the round has come to its end."""
+        needs = self._needs(sight)
+        workers = {worker.node: worker for worker in sight.workers}
+        while (batch := scan.next_batch()) is not None:
+            young = {header.id for header in batch if self._is_young(header)}
+            async for version in self._inventories.ask(batch, sight.up):
+                note = partial(
+                    scan.note, version, needs, workers, is_young=version.version in young
+                )
+                for node, shards in (await self._on_disk(note)).items():
+                    await self._hint(node, version.version, shards)
+            if self._clock.monotonic_s() >= until_s:
+                return False
+        self._conclude(scan)
+        return True
+
+    def _conclude(self, scan: Scan) -> None:
+        now_s = self._clock.monotonic_s()
+        took_s = now_s - scan.started_s
+        self._scan = None
+        self._next_scan_s = now_s + max(
+            limits.REPAIR_SCAN_GAP_S, took_s * limits.REPAIR_SCAN_SLOWDOWN
+        )
+        if scan.is_full:
+            self._next_full_s = now_s + limits.REPAIR_SCAN_INTERVAL_S
+            self._fine = scan.fine
+            self._sets = tuple(sorted(scan.sets, key=lambda each: (-scan.sets[each], sorted(each))))
+        else:
+            self._fine |= scan.fine
+            scan.totals.surplus += self._totals.surplus if self._totals else 0
+        if not self._queue and scan.urgencies:
+            self._done_bytes = 0
+            _log.info("repair_begins", versions=len(scan.urgencies), **vars(scan.totals))
+        self._totals = scan.totals
+        self._queue = scan.urgencies
+        self._stuck = ""
+        if scan.young:
+            self._look_at_new_in(self._settle_s)
+        if scan.totals.surplus:
+            self._next_full_s = min(self._next_full_s, now_s + limits.REPAIR_SURPLUS_INTERVAL_S)
+
+    def _look_at_new_in(self, seconds: float) -> None:
+        at_s = self._clock.monotonic_s() + seconds
+        self._new_due_s = at_s if self._new_due_s is None else min(at_s, self._new_due_s)
+
+    def _is_young(self, header: VersionHeader) -> bool:
+        """Whether the version may still be on its way to its nodes."""
+        if header.id in self._fine:
+            return False
+        now_ms = self._clock.wall_s() * 1000
+        return now_ms - self._settle_s * 1000 < header.order <= now_ms
+
+    def _needs(self, sight: Sight) -> Needs:
+        return Needs(sight.workers, self._absences, now_ms=int(self._clock.wall_s() * 1000))
+
+    async def _hint(self, node: str, version: str, shards: Sequence[bytes]) -> None:
+        """Tells a holder that it has too many. It matters little whether it hears it."""
+        for start in range(0, len(shards), limits.SHARDS_PER_COPY_MAX):
+            some = tuple(shards[start : start + limits.SHARDS_PER_COPY_MAX])
+            hint = messages.Surplus(bytes.fromhex(version), some)
+            try:
+                reply, _ = await self._network.request(
+                    node, hint, messages.SurplusReply, timeout_s=limits.CONNECT_TIMEOUT_S
+                )
+            except PeerError as error:
+                _log.debug("surplus_not_told", node=node, reason=error.message)
+                return
+            if reply.noted < len(some):
+                return
+
+    # -- copying
+
+    async def _repair(self, sight: Sight) -> bool:
+        """Has some copies made; whether there was any success, or there is more to try."""
+        copies, gave_up = await self._plan(sight)
+        if not self._queue:
+            self._look_at_new_in(0.0)  # to see what it has come to
+        if gave_up:
+            self._stuck = "no node with room for another copy of some shards"
+            self._look_at_new_in(limits.REPAIR_AVOID_S)
+        if not copies:
+            return bool(self._queue)
+        outcome = await self._sending.send(copies)
+        until_s = self._clock.monotonic_s() + limits.REPAIR_AVOID_S
+        self._avoid_until_s.update(dict.fromkeys(outcome.failed, until_s))
+        self._done_bytes += outcome.done_bytes
+        if self._totals is not None:
+            self._totals.queued_bytes = max(0, self._totals.queued_bytes - outcome.done_bytes)
+            self._totals.queued_shards = max(0, self._totals.queued_shards - outcome.done_copies)
+        return outcome.done_copies > 0
+
+    async def _plan(self, sight: Sight) -> tuple[list[Copy], bool]:
+        """The next copies of the most endangered versions, and whether one was given up for now
+        because nobody can take its copies. What lacks nothing any more leaves the queue, too."""
+        worst = min(self._queue.values())
+        chosen = [v for v, urgency in self._queue.items() if urgency == worst][:_VERSIONS_AT_ONCE]
+        catalogue = self._records.catalogue
+        headers = [h for v in chosen if (h := catalogue.version(v)) and not catalogue.is_dead(v)]
+        needs, planner = self._needs(sight), self._planner(sight)
+        copies: list[Copy] = []
+        kept: dict[str, int] = {}
+        gave_up = False
+        for batch in batches(headers):
+            async for version in self._inventories.ask(batch, sight.up):
+                found = await self._on_disk(partial(_plan_one, version, needs, planner, worst))
+                copies += found.copies
+                if found.copies or found.urgency not in (None, worst):
+                    kept[version.version] = found.urgency or worst
+                gave_up = gave_up or (found.urgency == worst and not found.copies)
+        for version_id in chosen:
+            self._queue.pop(version_id, None)
+        self._queue |= kept
+        self._refilling = planner.refilling
+        return copies[: limits.SHARDS_PER_COPY_MAX], gave_up
+
+    def _planner(self, sight: Sight) -> Planner:
+        now_s = self._clock.monotonic_s()
+        avoided = {node for node, until_s in self._avoid_until_s.items() if until_s > now_s}
+        workers = [
+            structs.replace(worker, bytes_free=0) if worker.node in avoided else worker
+            for worker in sight.workers
+        ]
+        return Planner(
+            workers,
+            self._needs(sight),
+            spare_bytes=recent_bytes(self._records.live_versions()),
+            used_sets=self._sets,
+            refilling=self._refilling,
+        )
+
+
+class _Planned(NamedTuple):
+    """Copies of one version to be made now, and the urgency of what it lacks."""
+
+    copies: list[Copy]
+    urgency: int | None
+
+
+def _plan_one(version: VersionCopies, needs: Needs, planner: Planner, worst: int) -> _Planned:
+    urgency = needs.shortage(version).urgency
+    if urgency != worst:
+        return _Planned([], urgency)  # it has changed since the round: its turn comes later
+    most = limits.SHARDS_PER_COPY_MAX
+    copies = planner.plan(version, urgency=urgency, limit=most)
+    return _Planned(copies or planner.plan(version, limit=most), urgency)

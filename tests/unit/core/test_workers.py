@@ -1,0 +1,111 @@
+"""What absent workers mean: presumed for a while, waited for while too many are away."""
+
+from __future__ import annotations
+
+import pytest
+
+from ckptd.core.headers import VersionHeader
+from ckptd.core.workers import (
+    GIVEN_UP_AFTER_S,
+    Absences,
+    Worker,
+    judge_absences,
+    presumed_holders,
+    recent_bytes,
+)
+
+AFTER_S = 600.0
+
+
+def fleet(*absent_s: float | None, maintenance: str = "") -> list[Worker]:
+    """Workers a, b, …; None for one that is up."""
+    return [
+        Worker(node, absent_s=seconds, maintenance=node in maintenance)
+        for node, seconds in zip("abcdefgh", absent_s, strict=False)
+    ]
+
+
+def judged(*absent_s: float | None, maintenance: str = "") -> tuple[str, str, float | None]:
+    found = judge_absences(fleet(*absent_s, maintenance=maintenance), after_s=AFTER_S)
+    return "".join(w.node for w in found.presumed), found.waiting, found.next_change_s
+
+
+def test_when_all_are_up_nothing_is_presumed() -> None:
+    assert judge_absences(fleet(None, None), after_s=AFTER_S) == Absences()
+
+
+@pytest.mark.parametrize(
+    ("absent_s", "presumed", "left_s"), [(599.0, "d", 1.0), (600.0, "", None), (9000.0, "", None)]
+)
+def test_a_worker_keeps_its_copies_until_it_is_away_for_long(
+    absent_s: float, presumed: str, left_s: float | None
+) -> None:
+    found, waiting, next_change_s = judged(None, None, None, absent_s)
+    assert (found, bool(waiting), next_change_s) == (presumed, bool(presumed), left_s)
+
+
+def test_in_maintenance_a_worker_is_waited_for_however_long_it_takes() -> None:
+    assert judged(None, None, None, 7000.0, maintenance="d") == ("d", "d is in maintenance", None)
+
+
+def test_each_reason_is_told() -> None:
+    presumed, waiting, left_s = judged(None, None, None, None, 70.0, 7000.0, maintenance="f")
+    assert (presumed, left_s) == ("ef", 530.0)
+    assert waiting == "e may come back within 600 s of leaving; f is in maintenance"
+
+
+@pytest.mark.parametrize(
+    "absent_s", [(None, 700.0), (None, None, 700.0, 700.0), (None, 9e4, 700.0), (9e4, 700.0)]
+)
+def test_no_repair_unless_more_than_half_are_up(absent_s: tuple[float | None, ...]) -> None:
+    presumed, waiting, left_s = judged(*absent_s)
+    away = [seconds for seconds in absent_s if seconds is not None]
+    assert len(presumed) == len(away)
+    assert waiting.startswith(f"only {len(absent_s) - len(away)} of {len(absent_s)} workers are up")
+    assert left_s == GIVEN_UP_AFTER_S - 700.0
+
+
+@pytest.mark.parametrize("absent_s", [(None, None, 700.0), (None, 9e4), (None, 9e4, 9e4, 9e4)])
+def test_who_is_away_for_a_day_does_not_count_for_the_majority(
+    absent_s: tuple[float | None, ...],
+) -> None:
+    assert judged(*absent_s) == ("", "", None)
+
+
+def test_what_was_stored_after_a_worker_left_is_not_on_it() -> None:
+    away = fleet(10.0, 100.0)
+    assert presumed_holders(away, 5_000, now_ms=1_000_000) == {"a", "b"}
+    assert presumed_holders(away, 950_000, now_ms=1_000_000) == {"a"}
+    assert presumed_holders(away, 990_000, now_ms=1_000_000) == set()
+
+
+def test_properties_of_a_worker() -> None:
+    assert Worker("a", boot_id="x", zone="z").machine == Worker("b", boot_id="x", zone="z").machine
+    assert Worker("a").machine != Worker("b").machine
+    assert Worker("a", bytes_used=1, bytes_free=3).used_fraction == 0.25
+    assert Worker("a").used_fraction == 1.0
+    assert Worker("a").takes_copies
+    assert not Worker("a", draining=True).takes_copies
+    assert not Worker("a", absent_s=0.0).takes_copies
+
+
+def test_room_for_the_next_checkpoint_is_the_size_of_the_newest_that_has_any() -> None:
+    assert recent_bytes([]) == 0
+    assert recent_bytes([header(0), header(70), header(8)]) == 70
+
+
+def header(size: int) -> VersionHeader:
+    return VersionHeader(
+        id="0" * 64,
+        kind="manifest",
+        order=1,
+        created="",
+        name="run/x",
+        content_id="0" * 64,
+        size=size,
+        files=1,
+        shards=1,
+        copies=2,
+        step=None,
+        metrics={},
+    )

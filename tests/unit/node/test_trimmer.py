@@ -1,0 +1,353 @@
+"""Dropping what is too much: on promises alone, and never what somebody needs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+
+import pytest
+from tests.unit.node.loop_cluster import LoopCluster, LoopNode, RunInCluster
+
+from ckptd.core import bitmaps, limits
+from ckptd.errors import NotFound, PeerRefused, StoreOperationFailed
+from ckptd.wire import messages
+
+PROMISE_S = 30.0
+
+
+def digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+async def hint(cluster: LoopCluster, node: str, version: str, datas: list[bytes]) -> int:
+    shards = tuple(digest(data) for data in datas)
+    reply, _ = await cluster.nodes["a"].network.request(
+        node, messages.Surplus(bytes.fromhex(version), shards), messages.SurplusReply, timeout_s=1
+    )
+    return reply.noted
+
+
+async def ask(
+    cluster: LoopCluster, node: str, version: str, datas: list[bytes], seconds: float = PROMISE_S
+) -> list[bool]:
+    question = messages.Promise(
+        bytes.fromhex(version), tuple(digest(data) for data in datas), seconds
+    )
+    reply, _ = await cluster.nodes["a"].network.request(
+        node, question, messages.PromiseReply, timeout_s=1
+    )
+    return list(bitmaps.unpack(reply.kept, len(datas)))
+
+
+async def trim(node: LoopNode) -> None:
+    """One slice of the job."""
+    await node.trimmer.step()
+
+
+def test_a_copy_goes_when_enough_others_promise(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc", "abc", "ab", "abcd"])
+        await asyncio.sleep(PROMISE_S)
+        assert await hint(cluster, "a", version, [*datas, b"nothing"]) == 4
+        await trim(cluster.nodes["a"])
+        assert [cluster.holders(data) for data in datas] == ["bc", "bc", "ab", "bcd"]
+        assert cluster.nodes["a"].trimmer.progress().done_bytes == 3 * 64
+
+    in_cluster(body)
+
+
+def test_a_restarted_node_drops_nothing_for_a_while(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"])
+        await asyncio.sleep(100)
+        node = cluster.nodes["a"]
+        node.restart()
+        await hint(cluster, "a", version, datas)
+        assert await node.trimmer.step() == pytest.approx(PROMISE_S, abs=0.01)
+        await asyncio.sleep(PROMISE_S - 1)
+        assert await node.trimmer.step() == pytest.approx(1, abs=0.01)
+        assert cluster.holders(datas[0]) == "abc"
+        await asyncio.sleep(2)
+        await trim(node)
+        assert cluster.holders(datas[0]) == "bc"
+
+    in_cluster(body)
+
+
+def test_all_at_once_never_drop_too_much(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abcd"] * 20)
+        await asyncio.sleep(PROMISE_S)
+        for _ in range(6):
+            for node in cluster.nodes:
+                await hint(cluster, node, version, datas)
+            async with asyncio.TaskGroup() as group:
+                for one in cluster.nodes.values():
+                    group.create_task(trim(one))
+            assert all(len(cluster.holders(data)) >= 2 for data in datas)
+            await asyncio.sleep(PROMISE_S)
+
+    in_cluster(body)
+
+
+def test_every_version_must_have_its_copies(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"])
+        await asyncio.sleep(PROMISE_S)
+        cluster.manifest(datas, name="run/three", copies=3)
+        await hint(cluster, "a", version, datas)
+        await trim(cluster.nodes["a"])
+        assert cluster.holders(datas[0]) == "abc"
+
+    in_cluster(body)
+
+
+def test_who_lacks_a_manifest_is_no_holder(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"])
+        await asyncio.sleep(PROMISE_S)
+        cluster.nodes["c"].up = False
+        cluster.manifest(datas, name="run/other")
+        cluster.nodes["c"].up = True
+        await hint(cluster, "a", version, datas)
+        await trim(cluster.nodes["a"])
+        assert cluster.holders(datas[0]) == "abc"
+
+    in_cluster(body)
+
+
+def test_draining_and_absent_nodes_do_not_count(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc", "abd", "abcd"])
+        await asyncio.sleep(PROMISE_S)
+        cluster.nodes["c"].draining = True
+        cluster.kill("d")
+        await hint(cluster, "a", version, datas)
+        await trim(cluster.nodes["a"])
+        assert [cluster.holders(data) for data in datas] == ["abc", "abd", "abcd"]
+        with pytest.raises(PeerRefused, match="promises nothing"):
+            await ask(cluster, "c", version, datas)
+
+    in_cluster(body)
+
+
+def test_two_on_one_machine_are_one(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"])
+        for node in "bc":
+            cluster.boot_ids[node] = "one"
+        await asyncio.sleep(PROMISE_S)
+        await hint(cluster, "a", version, datas)
+        await trim(cluster.nodes["a"])
+        assert cluster.holders(datas[0]) == "abc"
+
+    in_cluster(body)
+
+
+def test_a_shard_of_no_version_is_left_to_the_collection_of_garbage(
+    in_cluster: RunInCluster,
+) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"])
+        await asyncio.sleep(PROMISE_S)
+        await hint(cluster, "a", version, datas)
+        cluster.remove(version)
+        await trim(cluster.nodes["a"])
+        assert cluster.holders(datas[0]) == "abc"
+        with pytest.raises(PeerRefused, match="no manifest of a live version"):
+            await ask(cluster, "b", version, datas)
+
+    in_cluster(body)
+
+
+def test_nothing_is_dropped_while_a_document_cannot_be_read(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"])
+        await asyncio.sleep(PROMISE_S)
+        node = cluster.nodes["a"]
+        node.records.unreadable.add("0" * 64)
+        await hint(cluster, "a", version, datas)
+        with pytest.raises(NotFound, match="could name any shard"):
+            await node.trimmer.step()
+        node.records.unreadable.clear()
+        (node.path / "catalogue" / f"{version}.json").write_bytes(b"rotten")
+        await hint(cluster, "a", version, datas)
+        with pytest.raises(NotFound, match=r"the manifest of run/x@\w+ cannot be read"):
+            await node.trimmer.step()
+        assert cluster.holders(datas[0]) == "abc"
+        # What failed was asked about no longer: others may be promised now.
+        assert not node.trimmer._promises._asking
+
+    in_cluster(body)
+
+
+def between(cluster: LoopCluster, happens: Callable[[], object]) -> None:
+    """Lets something happen after the first promise was asked for, and before it is acted on."""
+    real = cluster.nodes["a"].network.request
+
+    async def request(node: str, message: object, *rest: object, **more: object) -> object:
+        answer: object = await real(node, message, *rest, **more)  # type: ignore[arg-type]
+        if isinstance(message, messages.Promise):
+            happens()
+        return answer
+
+    cluster.nodes["a"].network.request = request  # type: ignore[method-assign,assignment]
+
+
+def test_what_a_store_wants_meanwhile_stays(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc", "abc"])
+        await asyncio.sleep(PROMISE_S)
+        node = cluster.nodes["a"]
+        between(cluster, lambda: node.shards.touch(digest(datas[1]), node.shards.now()))
+        await hint(cluster, "a", version, datas)
+        await trim(node)
+        assert [cluster.holders(data) for data in datas] == ["bc", "abc"]
+
+    in_cluster(body)
+
+
+@pytest.mark.parametrize("jump_s", [-5.0, 5.0, 1e8])
+def test_no_promise_is_acted_on_once_the_clock_was_set(
+    in_cluster: RunInCluster, jump_s: float
+) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"])
+        await asyncio.sleep(PROMISE_S)
+        node = cluster.nodes["a"]
+        between(cluster, lambda: setattr(node.clock, "jump_s", jump_s))
+        await hint(cluster, "a", version, datas)
+        await trim(node)
+        assert cluster.holders(datas[0]) == "abc"
+
+    in_cluster(body)
+
+
+def test_promises_that_came_late_are_not_acted_on(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"])
+        await asyncio.sleep(PROMISE_S)
+        cluster.delay_s = PROMISE_S * 0.6
+        node = cluster.nodes["a"]
+        await hint(cluster, "a", version, datas)
+        await trim(node)
+        assert cluster.holders(datas[0]) == "abc"
+
+    in_cluster(body)
+
+
+# -- promises
+
+
+def test_no_promise_for_what_is_not_here_or_not_named(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc", "acd"])
+        cluster.nodes["b"].put(b"stray")
+        assert await ask(cluster, "b", version, [*datas, b"stray"]) == [True, False, False]
+        with pytest.raises(PeerRefused, match="no manifest"):
+            await ask(cluster, "b", "0" * 64, datas)
+
+    in_cluster(body)
+
+
+def test_no_promise_for_a_longer_time_than_a_restart_keeps_it(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"])
+        assert await ask(cluster, "b", version, datas, PROMISE_S + 1) == [False]
+
+    in_cluster(body)
+
+
+def test_a_copy_that_was_not_read_for_long_is_read_before_it_is_promised(
+    in_cluster: RunInCluster, no_pause: None
+) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc", "abc", "abc"])
+        node = cluster.nodes["b"]
+        node.rot(datas[0])
+        assert await ask(cluster, "b", version, datas[:1]) == [True]  # just hashed, it says
+        await asyncio.sleep(86_401)
+        assert await ask(cluster, "b", version, datas[:2]) == [False, True]
+        node.rot(datas[2])
+        node.restart()
+        assert await ask(cluster, "b", version, datas[2:]) == [False]
+
+    in_cluster(body)
+
+
+def test_a_copy_that_vanishes_during_the_check_is_not_promised(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"])
+        node = cluster.nodes["b"]
+        real = node.trimmer._promises.give
+
+        def give(shard: bytes, seconds: float, now_s: float) -> bool:
+            node.shards.remove(shard, untouched_since=float("inf"))
+            return real(shard, seconds, now_s)
+
+        node.trimmer._promises.give = give  # type: ignore[method-assign]
+        assert await ask(cluster, "b", version, datas) == [False]
+
+    in_cluster(body)
+
+
+def test_hints_are_bounded(in_cluster: RunInCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"] * 4)
+        assert await hint(cluster, "a", version, datas) == 2
+        assert await hint(cluster, "a", version, datas) == 2
+
+    monkeypatch.setattr(limits, "SURPLUS_NOTED_MAX", 2)
+    in_cluster(body)
+
+
+def test_a_hint_wakes_the_job(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"])
+        woken: list[bool] = []
+        cluster.nodes["a"].trimmer.wake = lambda: woken.append(True)
+        assert await hint(cluster, "a", version, [b"unknown"]) == 0
+        assert not woken
+        await hint(cluster, "a", version, datas)
+        assert woken
+
+    in_cluster(body)
+
+
+def test_a_copy_that_cannot_be_removed_breaks_nothing(
+    in_cluster: RunInCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc", "abc"])
+        await asyncio.sleep(PROMISE_S)
+        node = cluster.nodes["a"]
+        real = node.shards.remove
+
+        def remove(shard: bytes, *, untouched_since: float) -> int:
+            if shard == digest(datas[0]):
+                raise StoreOperationFailed("denied")
+            return real(shard, untouched_since=untouched_since)
+
+        monkeypatch.setattr(node.shards, "remove", remove)
+        await hint(cluster, "a", version, datas)
+        await trim(node)
+        assert [cluster.holders(data) for data in datas] == ["abc", "bc"]
+
+    in_cluster(body)
+
+
+def test_a_promised_copy_goes_once_the_promise_is_over(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abcd"])
+        await asyncio.sleep(PROMISE_S)
+        node = cluster.nodes["b"]
+        assert await ask(cluster, "b", version, datas) == [True]
+        await hint(cluster, "b", version, datas)
+        await asyncio.sleep(await node.trimmer.step())
+        assert "b" in cluster.holders(datas[0])
+        await asyncio.sleep(PROMISE_S)
+        await trim(node)  # without another hint
+        assert "b" not in cluster.holders(datas[0])
+
+    in_cluster(body)
