@@ -49,6 +49,14 @@ def log(cluster: BreakableCluster, node: str, event: str) -> list[dict[str, Any]
     return [found for line in lines if (found := json.loads(line)).get("event") == event]
 
 
+def stored_a_while_ago(cluster: BreakableCluster, checkpoint: Path, name: str) -> None:
+    """Stores, and waits for some heartbeats: what is stored within the last one before a node dies
+    is not presumed to be on it."""
+    cluster.store(checkpoint, name)
+    stored_s = time.monotonic()
+    wait_until(lambda: time.monotonic() > stored_s + 3.0, "some heartbeats")
+
+
 def copies(cluster: BreakableCluster, count: int) -> Callable[[], bool]:
     return lambda: all(len(nodes) == count for nodes in cluster.all_shards().values())
 
@@ -84,7 +92,7 @@ def test_who_returns_late_gets_nothing_and_what_is_too_much_goes(
 
 
 def test_a_short_absence_moves_nothing(patient: BreakableCluster, checkpoint: Path) -> None:
-    patient.store(checkpoint, "run/short")
+    stored_a_while_ago(patient, checkpoint, "run/short")
     before = patient.all_shards()
     patient.kill("node2")
     wait_until(lambda: "node2 may come back" in status(patient)["repair"]["waiting"], "the steward")
@@ -98,7 +106,7 @@ def test_a_short_absence_moves_nothing(patient: BreakableCluster, checkpoint: Pa
 def test_a_wiped_disk_under_its_old_identity_is_refilled(
     patient: BreakableCluster, checkpoint: Path
 ) -> None:
-    patient.store(checkpoint, "run/wiped")
+    stored_a_while_ago(patient, checkpoint, "run/wiped")
     had = len(patient.shards("node3"))
     assert had
     patient.kill("node3")

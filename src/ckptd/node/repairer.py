@@ -10,6 +10,7 @@ Nothing is remembered over a restart, and need not be: whatever was done shows i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from typing import Final, NamedTuple
@@ -29,7 +30,7 @@ from ckptd.node.jobs import JobProgress
 from ckptd.node.ports import Clock, Network, OnDisk
 from ckptd.node.records import Records
 from ckptd.node.repair_scan import Scan, Totals
-from ckptd.node.sending import Sending
+from ckptd.node.sending import Outcome, Sending
 from ckptd.observe.metrics import Metrics
 from ckptd.wire import messages
 
@@ -76,6 +77,7 @@ class Repairer:
         self._sets: tuple[frozenset[str], ...] = ()
         self._refilling: frozenset[str] = frozenset()
         self._avoid_until_s: dict[str, float] = {}
+        self._failures: Counter[str] = Counter()  # in a row
         self._done_bytes = 0
         self._absences = Absences()
         self._stuck = ""
@@ -269,13 +271,23 @@ class Repairer:
         if not copies:
             return bool(self._queue)
         outcome = await self._sending.send(copies)
-        until_s = self._clock.monotonic_s() + limits.REPAIR_AVOID_S
-        self._avoid_until_s.update(dict.fromkeys(outcome.failed, until_s))
+        self._note_failures(outcome)
         self._done_bytes += outcome.done_bytes
         if self._totals is not None:
             self._totals.queued_bytes = max(0, self._totals.queued_bytes - outcome.done_bytes)
             self._totals.queued_shards = max(0, self._totals.queued_shards - outcome.done_copies)
         return outcome.done_copies > 0
+
+    def _note_failures(self, outcome: Outcome) -> None:
+        """A node that fails again and again is passed over for a while. Once or twice is nothing:
+        one that has just come back is not connected with all others yet."""
+        until_s = self._clock.monotonic_s() + limits.REPAIR_AVOID_S
+        for node in outcome.worked:
+            self._failures.pop(node, None)
+        for node in outcome.failed:
+            self._failures[node] += 1
+            if self._failures[node] >= limits.REPAIR_FAILURES_MAX:
+                self._avoid_until_s[node] = until_s
 
     async def _plan(self, sight: Sight) -> tuple[list[Copy], bool]:
         """The next copies of the most endangered versions, and whether one was given up for now

@@ -22,12 +22,13 @@ _DONE: Final = ("durable", "present")
 
 @dataclass
 class Outcome:
-    """What came of some copies. `failed` are nodes that could not do their part: they are to be
-    left alone for a while."""
+    """What came of some copies. `failed` are nodes that could not do their part, `worked` are
+    targets that did."""
 
     done_copies: int = 0
     done_bytes: int = 0
     failed: set[str] = field(default_factory=set)
+    worked: set[str] = field(default_factory=set)
 
 
 class Sending:
@@ -100,6 +101,7 @@ class Sending:
             if report.state in _DONE:
                 outcome.done_copies += 1
                 outcome.done_bytes += copy.size
+                outcome.worked.add(target)
             elif report.state != "busy":
                 _log.warning(
                     "copy_failed",

@@ -351,3 +351,15 @@ def test_a_promised_copy_goes_once_the_promise_is_over(in_cluster: RunInCluster)
         assert "b" not in cluster.holders(datas[0])
 
     in_cluster(body)
+
+
+def test_who_begins_to_drain_meanwhile_does_not_count(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"])
+        await asyncio.sleep(PROMISE_S)
+        between(cluster, lambda: setattr(cluster.nodes["c"], "draining", True))
+        await hint(cluster, "a", version, datas)
+        await trim(cluster.nodes["a"])
+        assert cluster.holders(datas[0]) == "abc"
+
+    in_cluster(body)
