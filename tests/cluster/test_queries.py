@@ -424,7 +424,7 @@ def test_status_of_a_healthy_cluster(cluster: BreakableCluster, tmp_path: Path) 
         "unrecoverable": 0,
     }
     assert document["pending"] == []
-    assert document["repair"] == {"queued_shards": 0, "queued_bytes": 0}
+    assert document["repair"] == {"queued_shards": 0, "queued_bytes": 0, "waiting": ""}
     assert set(document["scrub"]) == {"oldest_verified_at"}
     assert document["room"]["bytes_free"] > 0 and document["room"]["checkpoints_fit"] > 0
     assert document["steward"] == "node1"
