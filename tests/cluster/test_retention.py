@@ -17,7 +17,7 @@ from tests.cluster.kill_fixtures import (
     wait_until,
     write_safetensors,
 )
-from tests.cluster.test_watcher import Watched
+from tests.cluster.watched import Watched
 
 from ckptd.client import store as store_module
 from ckptd.client.source import Source
