@@ -156,6 +156,16 @@ def test_when_somebody_removes_what_justified_it_waits_as_long_as_anything_of_th
     assert world.fate(old).is_final
 
 
+def test_a_live_version_of_another_run_that_justifies_counts_though_the_run_is_gone() -> None:
+    world = World()
+    old, new, elsewhere = world.store(), world.store(), world.store("other/latest")
+    world.drop(old, by=new)
+    world.drop(old, by=elsewhere)
+    world.remove(new)
+    assert not world.fate(old).may_go(())
+    assert world.fate(old).may_go({elsewhere})
+
+
 def test_a_version_whose_manifest_is_not_known_waits() -> None:
     world = World()
     new = world.store()

@@ -278,6 +278,9 @@ def test_versions_without_any_finite_loss() -> None:
     assert left(apply([*versions, good], LAST_3, unprotected=[6])) == [3, 4, 5, 6]
     found = apply([version(0), *versions], LAST_3, unprotected=[0])
     assert 0 in left(found)
+    # Also where the rule wants neither.
+    found = apply([version(0), *versions], RetentionRule(keep_every_steps=5), unprotected=[0])
+    assert left(found) == [0, 5]
     # With no keep_last the newest stays; what is younger than keep_within does, too.
     assert left(apply(versions, RetentionRule(keep_every_steps=5))) == [5]
     old = [version(n, nan=True, age_s=(9 - n) * HOUR_S) for n in range(5)]

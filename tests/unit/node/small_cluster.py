@@ -135,7 +135,7 @@ class Place:
         self.heard.clear()
         self.start()
 
-    def confirmation(self) -> Confirmation:
+    def confirmation(self, *, copies: int = 2) -> Confirmation:
         return Confirmation(
             node_id=self.node,
             own=lambda version: self.records.inventory(
@@ -145,7 +145,7 @@ class Place:
             workers=self._cluster.up,
             machines=lambda: {node: machine_key(node, "", "") for node in self._cluster.places},
             on_disk=on_disk,
-            copies=2,
+            copies=copies,
         )
 
     def _status(self) -> messages.NodeStatus:
@@ -200,13 +200,15 @@ def on_disk(work: Callable[[], _T]) -> Awaitable[_T]:
 
 
 class SmallCluster:
-    """The nodes, and the network between them. `down` are nodes that do not answer."""
+    """The nodes, and the network between them. `down` are nodes that do not answer, `silent` those
+    of which nobody has noticed it yet."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.clock = ManualClock()
         self.skew_s: dict[str, float] = {}
         self.down: set[str] = set()
+        self.silent: set[str] = set()
         self.asked: list[tuple[str, Message]] = []
         pki = _pki()
         self.ca = load_ca((pki / "ca.pem").read_bytes())
@@ -237,7 +239,7 @@ class SmallCluster:
         timeout_s: float,
     ) -> tuple[_A, bytes]:
         self.asked.append((node, message))
-        if node in self.down:
+        if node in self.down | self.silent:
             raise PeerUnreachable(node, "does not answer")
         identity = Identity(CLUSTER, frozenset({Role.COORDINATOR}), "mac", "00" * 20)
         told, out = await self.places[node].requests.answer(
@@ -276,14 +278,14 @@ class SmallCluster:
         manifest_on: Sequence[str] = (*WORKERS, "mac"),
         created: str = TIME,
         metrics: dict[str, float] | None = None,
+        copies: int = 2,
     ) -> str:
         """Stores shards with these bytes on the nodes `on`, and then the manifest."""
         for node in on:
             for piece in pieces:
                 self.places[node].put(piece)
-        return self.write(
-            self.manifest(name, *pieces, created=created, metrics=metrics), manifest_on
-        )
+        raw = self.manifest(name, *pieces, created=created, metrics=metrics, copies=copies)
+        return self.write(raw, manifest_on)
 
     def manifest(
         self,
@@ -291,6 +293,7 @@ class SmallCluster:
         *pieces: bytes,
         created: str = TIME,
         metrics: dict[str, float] | None = None,
+        copies: int = 2,
     ) -> bytes:
         distinct = list(dict.fromkeys(pieces))
         whole = b"".join(pieces)
@@ -312,7 +315,7 @@ class SmallCluster:
                 nonce=f"{self._order:032x}",
                 unit="directory",
                 content_id=documents.content_id((entry,)),
-                copies=2,
+                copies=copies,
                 redundancy="copies",
                 mode=0o755,
                 entries=(entry,),
@@ -362,7 +365,9 @@ class SmallCluster:
             )
         )
 
-    def retention(self, *rules: RetentionRule, is_steward: bool = True) -> Retention:
+    def retention(
+        self, *rules: RetentionRule, is_steward: Callable[[], bool] = lambda: True
+    ) -> Retention:
         """The job of the coordinator."""
         return Retention(
             cluster=CLUSTER,
@@ -372,7 +377,7 @@ class SmallCluster:
             network=self,
             confirmation=self.mac.confirmation(),
             workers=self.up,
-            is_steward=lambda: is_steward,
+            is_steward=is_steward,
             clock=self.clock,
             on_disk=on_disk,
             rng=random.Random(2),

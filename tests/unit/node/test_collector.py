@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.unit.node.small_cluster import GRACE_S, SmallCluster, small_cluster
 
+from ckptd.core import limits
 from ckptd.errors import DocumentRefused
+from ckptd.store.durable import NewFile
 
 ONE, TWO, SHARED, NEW = (letter * 1000 for letter in (b"1", b"2", b"s", b"n"))
 SOON_S = 1.0
@@ -203,6 +206,14 @@ def test_nothing_goes_before_half_of_the_others_were_heard_after_the_grace(
     assert not pi1.has(ONE)
 
 
+def test_a_node_that_never_heard_another_one_removes_nothing(cluster: SmallCluster) -> None:
+    pi1 = cluster["pi1"]
+    pi1.put(ONE)
+    cluster.clock.advance(3 * GRACE_S)
+    assert pi1.collect() == "half of the other workers must have been heard first"
+    assert pi1.has(ONE)
+
+
 def test_a_shard_waits_for_its_own_grace_to_be_followed_by_an_exchange(
     cluster: SmallCluster,
 ) -> None:
@@ -281,14 +292,14 @@ def test_a_shard_that_is_coming_in_anew_is_left_alone(
     outlive_the_grace(cluster)
     incoming = pi1.shards.begin(digest(ONE), len(ONE))
     incoming.write(memoryview(ONE))
-    original = pi1.shards._make_shard_directory
+    publish = NewFile.publish
 
-    def collected_first(shard: bytes) -> None:
+    def collected_afterwards(*arguments: Any, **named: Any) -> None:
         monkeypatch.undo()
+        publish(*arguments, **named)  # the file has its name, and the index has the old entry
         pi1.collect()
-        original(shard)
 
-    monkeypatch.setattr(pi1.shards, "_make_shard_directory", collected_first)
+    monkeypatch.setattr(NewFile, "publish", collected_afterwards)
     incoming.commit()
     assert pi1.has(ONE)
     with pi1.shards.open_read(digest(ONE)) as reader:
@@ -307,6 +318,30 @@ def test_a_document_of_a_newer_version_stops_it(cluster: SmallCluster) -> None:
     outlive_the_grace(cluster)
     assert "newer version" in cluster["pi1"].collect()
     assert cluster["pi1"].has(ONE)
+
+
+def test_a_document_that_was_not_admitted_at_the_start_stops_it(cluster: SmallCluster) -> None:
+    removed = cluster.store("run/latest", ONE)
+    live = cluster.store("run/latest", TWO)
+    cluster.remove(removed)
+    path = Path(cluster.path, "pi1", "catalogue", f"{live}.sig")
+    path.write_bytes(b"not signed by anybody")
+    pi1 = cluster["pi1"]
+    pi1.restart()
+    outlive_the_grace(cluster)
+    assert "1 documents cannot be read" in pi1.collect()
+    assert pi1.has(ONE) and pi1.has(TWO)
+
+
+def test_a_full_catalogue_stops_it(cluster: SmallCluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    removed = cluster.store("run/latest", ONE)
+    cluster.store("run/latest", TWO)
+    cluster.remove(removed)
+    outlive_the_grace(cluster)
+    pi1 = cluster["pi1"]
+    monkeypatch.setattr(limits, "CATALOGUE_DOCUMENTS_MAX", len(pi1.records.catalogue))
+    assert "catalogue is full" in pi1.collect()
+    assert pi1.has(ONE)
 
 
 def test_a_live_manifest_that_cannot_be_read_stops_it(cluster: SmallCluster) -> None:

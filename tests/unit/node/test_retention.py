@@ -103,7 +103,7 @@ def test_only_the_kept_are_asked_about_when_they_are_protected(cluster: SmallClu
 
 def test_a_coordinator_that_is_not_the_steward_does_nothing(cluster: SmallCluster) -> None:
     versions = overwritten(cluster, 5)
-    cluster.run(cluster.retention(LAST_3, is_steward=False).step())
+    cluster.run(cluster.retention(LAST_3, is_steward=lambda: False).step())
     cluster.run(cluster.retention().step())
     assert live_ids(cluster) == versions
 
@@ -121,6 +121,21 @@ def test_more_than_half_of_what_was_there_before_waits_for_a_confirmation(
     assert told.done and not told.waits
     assert live_ids(cluster) == versions[4:]
     assert job.progress().last_error == ""
+
+
+def test_what_came_while_another_coordinator_applied_its_rules_is_not_taken_for_new(
+    cluster: SmallCluster,
+) -> None:
+    steward = True
+    job = cluster.retention(LAST_3, is_steward=lambda: steward)
+    cluster.run(job.step())
+    steward = False
+    cluster.run(job.step())
+    versions = overwritten(cluster, 7)
+    steward = True
+    cluster.run(job.step())
+    assert live_ids(cluster) == versions
+    assert "more than half" in job.progress().last_error
 
 
 def test_a_dry_run_changes_nothing_and_says_why(cluster: SmallCluster) -> None:
