@@ -169,7 +169,7 @@ def test_two_hundred_overwrites_in_place_end_with_three_versions_and_the_room_of
         def restored(where: str) -> list[int]:
             found = []
             for version in versions:
-                target = tmp_path / where / version
+                target = tmp_path / f"{where}-{version}"
                 assert cluster.restore(f"{name}@{version}", target).verified
                 found.append(numbers[document_id((target / file.name).read_bytes())])
             return found
