@@ -148,9 +148,7 @@ class Repairer:
         """What has changed since the last look, and what is to be asked anew because of it."""
         absences = judge_absences(sight.workers, after_s=self._config.after_s)
         if absences.waiting != self._absences.waiting:
-            _log.info(
-                "repair_waits" if absences.waiting else "repair_goes_on", reason=absences.waiting
-            )
+            _log.info("repair_waits", reason=absences.waiting or "for nobody any more")
         self._absences = absences
         shape = (
             tuple((w.node, w.up, w.draining, w.maintenance) for w in sight.workers),

@@ -38,6 +38,9 @@ PUBLISHED = {
     "ckptd_unprotected_seconds": ("gauge", set()),
     "ckptd_unprotected_steps": ("gauge", set()),
     "ckptd_checkpoints": ("gauge", {"state"}),
+    "ckptd_shards_under_replicated": ("gauge", set()),
+    "ckptd_shards_unrecoverable": ("gauge", set()),
+    "ckptd_repair_queue_bytes": ("gauge", set()),
     "ckptd_build_info": ("gauge", {"version", "python"}),
 }
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
@@ -70,6 +73,7 @@ def use_everything(metrics: Metrics) -> None:
     metrics.expect_protection()
     metrics.sample_pending(2, 12.5, 500)
     metrics.checkpoints({"protected": 3, "pending": 1})
+    metrics.repair(7, 2, 1)
     metrics.certificate_expiry(2e9)
     metrics.scrub_oldest(1e9)
 
