@@ -157,8 +157,8 @@ class Collector:
             except _InDoubt as doubt:
                 self._waits_for = str(doubt)
                 return
-            untouched_since = min(census.at_s, heard_s) - self._grace_s
-            await self._remove(self._shards, marks, untouched_since)
+            # What was heard was heard before the census: whatever came since is younger than this.
+            await self._remove(self._shards, marks, heard_s - self._grace_s)
         if gone:
             await self._on_disk(partial(self._records.drop, sorted(gone)))
             self._released_s = census.at_s
