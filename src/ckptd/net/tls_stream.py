@@ -15,6 +15,11 @@ WIRE_BYTES: Final = 256 * 1024
 """Read from the socket at a time."""
 RECORDS_BYTES: Final = 64 * 1024
 """Given to OpenSSL at a time, or taken from it: its buffers stay as large as they once were."""
+_HANDSHAKE_BYTES: Final = 32 * 1024
+
+# RFC 8446, section 5: type, version 3.x, length; then at most 2^14 bytes and 256 for the cipher.
+_RECORD_HEAD_BYTES: Final = 5
+_RECORD_BODY_MAX_BYTES: Final = 2**14 + 256
 
 
 class TlsStream:
@@ -28,8 +33,8 @@ class TlsStream:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
-        self._wire: memoryview | None = None
-        self._waiting = memoryview(b"")  # read from the socket, not yet given to OpenSSL
+        self._wire = memoryview(bytearray(_HANDSHAKE_BYTES))
+        self._waiting = self._wire[:0]  # read from the socket, not yet given to OpenSSL
 
     @property
     def tls(self) -> ssl.SSLObject:
@@ -49,7 +54,7 @@ class TlsStream:
         """The handshake, blocking."""
         while not self._handshake_step():
             self._flush()
-            self._take(self._raw.recv(RECORDS_BYTES))
+            self._received(self._raw.recv_into(self._room()))
         self._flush()
 
     async def shake_hands_on_loop(self) -> None:
@@ -61,18 +66,20 @@ class TlsStream:
                 await loop.sock_sendall(self._raw, self._outgoing.read())
             if done:
                 return
-            self._take(await loop.sock_recv(self._raw, RECORDS_BYTES))
+            self._received(await loop.sock_recv_into(self._raw, self._room()))
 
     def _handshake_step(self) -> bool:
         """Whether it is done; else something has to come from the peer."""
-        try:
-            self._tls.do_handshake()
-        except ssl.SSLWantReadError:
-            return False
-        except ssl.SSLError:
-            self._tell_why()
-            raise
-        return True
+        while True:
+            try:
+                self._tls.do_handshake()
+                return True
+            except ssl.SSLWantReadError:
+                if not self._feed():
+                    return False
+            except ssl.SSLError:
+                self._tell_why()
+                raise
 
     def _tell_why(self) -> None:
         """The alert that says why this side refuses, if the peer still listens."""
@@ -81,23 +88,22 @@ class TlsStream:
         except OSError:
             pass  # it does not
 
-    def _take(self, data: bytes) -> None:
-        if not data:
-            self._incoming.write_eof()
-        else:
-            self._incoming.write(data)
-
     # -- bytes
 
     def recv_into(self, view: memoryview) -> int:
         """Receives at least one byte into `view`, and what else is there already; 0 at the end."""
         filled = 0
         while filled < len(view):
-            try:
-                count = self._read(view[filled:])
-            except ssl.SSLWantReadError:
-                # All that has come is in `view`.
+            # Asking OpenSSL when it has nothing would cost an exception for each piece.
+            if not (self._incoming.pending or self._tls.pending() or self._feed()):
                 if filled or not self._receive():
+                    break
+                continue
+            try:
+                # With a buffer it returns a count, which the stubs do not know.
+                count = cast(int, self._tls.read(len(view) - filled, view[filled:]))
+            except ssl.SSLWantReadError:  # a record of TLS itself
+                if self._incoming.pending and not (self._feed() or self._receive()):
                     break
                 continue
             if not count:
@@ -105,27 +111,55 @@ class TlsStream:
             filled += count
         return filled
 
-    def _read(self, view: memoryview) -> int:
-        """One record at most. Raises SSLWantReadError when nothing is left."""
-        while True:
-            try:
-                # With a buffer it returns a count, which the stubs do not know.
-                return cast(int, self._tls.read(len(view), view))
-            except ssl.SSLWantReadError:
-                if not self._waiting:
-                    raise
-                self._incoming.write(self._waiting[:RECORDS_BYTES])
-                self._waiting = self._waiting[RECORDS_BYTES:]
-
     def _receive(self) -> int:
-        """Waits for bytes of the peer; their count."""
+        """Waits for bytes of the peer; their count, 0 at the end."""
         if self._outgoing.pending:  # an answer of TLS itself
             self._flush()
-        if self._wire is None:
-            self._wire = memoryview(bytearray(WIRE_BYTES))
-        count = self._raw.recv_into(self._wire)
-        self._waiting = self._wire[:count]
+        if len(self._wire) < WIRE_BYTES:
+            wire = memoryview(bytearray(WIRE_BYTES))
+            wire[: len(self._waiting)] = self._waiting
+            self._wire, self._waiting = wire, wire[: len(self._waiting)]
+        count = self._raw.recv_into(self._room())
+        if count:
+            self._received(count)
         return count
+
+    def _room(self) -> memoryview:
+        """Where bytes from the socket go: behind the part of a record that waits."""
+        kept = len(self._waiting)
+        self._wire[:kept] = self._waiting
+        self._waiting = self._wire[:kept]
+        return self._wire[kept:]
+
+    def _received(self, count: int) -> None:
+        """`count` bytes have come into `_room`; 0: no more will."""
+        if count:
+            self._waiting = self._wire[: len(self._waiting) + count]
+            return
+        self._incoming.write(self._waiting)
+        self._incoming.write_eof()
+        self._waiting = self._wire[:0]
+
+    def _feed(self) -> bool:
+        """Gives OpenSSL whole records of what waits; whether there were any."""
+        size = self._whole_bytes()
+        self._incoming.write(self._waiting[:size])
+        self._waiting = self._waiting[size:]
+        return size > 0
+
+    def _whole_bytes(self) -> int:
+        """How much of what waits are whole records, not much more than RECORDS_BYTES; everything
+        when it is not TLS, for OpenSSL to say so."""
+        waiting = self._waiting
+        size, end = 0, len(waiting)
+        while size < RECORDS_BYTES and end - size >= _RECORD_HEAD_BYTES:
+            body = waiting[size + 3] << 8 | waiting[size + 4]
+            if waiting[size + 1] != 3 or body > _RECORD_BODY_MAX_BYTES:
+                return end
+            if end - size < _RECORD_HEAD_BYTES + body:
+                break
+            size += _RECORD_HEAD_BYTES + body
+        return size
 
     def sendall(self, view: memoryview) -> None:
         """Sends all of `view`."""
@@ -145,8 +179,7 @@ class TlsStream:
     def rest(self) -> None:
         """Gives back memory while nothing is expected."""
         if not self._waiting:
-            self._wire = None
-            self._waiting = memoryview(b"")
+            self._wire = self._waiting = memoryview(b"")
 
     def shutdown(self) -> None:
         """From any thread: whoever waits gets the end of the connection."""
