@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import random
 import shlex
 import socket
 import subprocess
@@ -21,11 +22,14 @@ from pathlib import Path
 
 import pytest
 from tests.cluster.kill_fixtures import (
+    DEADLINE_S,
     BreakableCluster,
     breakable_cluster,
     kill_process,
     make_checkpoint,
+    wait_until,
 )
+from tests.cluster.watched import put, watched_cluster
 
 from ckptd.client.progress import Progress
 
@@ -233,3 +237,53 @@ def test_every_node_full_refuses_and_publishes_nothing(
         small.fill()
         assert cluster.store(before, "fits").bytes_sent == 0
         assert cluster.comes_back("fits", before)
+
+
+def test_what_does_not_fit_is_refused_before_a_byte_is_sent(
+    cluster: BreakableCluster, tmp_path: Path
+) -> None:
+    with small_node(cluster, "size=16m") as small:
+        cluster.kill("node3", "node4")  # node2 has room for everything, the second copies have not
+        path = make_checkpoint(tmp_path / "ck", "base", size=8 * MIB)
+        before = cluster.command("status").document["room"]
+        assert before["checkpoints_fit"] is None
+        assert before["bytes_storable"] <= 16 * MIB < before["bytes_free"]
+        assert cluster.store(path, "base").state == "protected"
+        room = cluster.command("status").document["room"]
+        assert room["checkpoints_fit"] == 0 and 0 < room["bytes_storable"] < 8 * MIB
+        # With what is there already it is larger than the room, and fits.
+        (path / "more.pt").write_bytes(random.Random(1).randbytes(3 * MIB))
+        assert cluster.store(path, "base").state == "protected"
+        held, other = small.check_whole(), cluster.shards("node2")
+        (path / "much.pt").write_bytes(random.Random(2).randbytes(6 * MIB))
+        refused = cluster.command("store", path, "--name", "base")
+        error = refused.document["error"]
+        assert (refused.code, error["kind"]) == (1, "no_room")
+        assert "does not fit" in error["message"] and "2 nodes" in error["message"]
+        assert "ckptd" in error["next"]
+        assert small.check_whole() == held and cluster.shards("node2") == other
+        assert len(cluster.command("show", "base").document["versions"]) == 2
+
+
+def test_a_checkpoint_without_room_waits_and_says_so(tmp_path: Path) -> None:
+    with (
+        watched_cluster(tmp_path / "local", count=2) as watched,
+        small_node(watched, "size=16m") as small,
+    ):
+        small.fill(leave=4 * MIB)
+        target = watched.root / "run" / "step-1"
+        put(make_checkpoint(tmp_path / "model", "full", size=6 * MIB), target)
+        wait_until(
+            lambda: "does not fit" in (watched.pending(target) or {"reason": ""})["reason"],
+            "the reason to be told",
+        )
+        row = watched.rows("run")["run/step-1"]
+        assert (row["state"], row["version"]) == ("pending", "")
+        assert small.check_whole() == 0 and not watched.shards("node2")
+        # One that fits is stored meanwhile.
+        put(make_checkpoint(tmp_path / "small", "s", size=MIB), watched.root / "run" / "step-2")
+        watched.wait_protected("run/step-2")
+        assert watched.pending(target) is not None
+        small.release()
+        watched.wait_protected("run/step-1", timeout_s=DEADLINE_S)
+        assert watched.comes_back("run/step-1", target)

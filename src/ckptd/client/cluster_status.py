@@ -12,12 +12,12 @@ from msgspec import Struct, structs
 
 from ckptd.client.cluster import AbsentNode, Cluster, Node
 from ckptd.client.documents import manifests
-from ckptd.client.survey import Survey, Surveyed, machines_of, survey, timestamp
+from ckptd.client.survey import Survey, Surveyed, survey, timestamp
 from ckptd.core.availability import EXIT_CODES, State, assess, what_if, worst
-from ckptd.core.copysets import attainable_room
 from ckptd.core.documents import Manifest
 from ckptd.core.machines import MachineKey
 from ckptd.core.membership import peer_state
+from ckptd.core.room import storable_bytes
 from ckptd.core.steward import Standing, steward
 from ckptd.errors import NotFound
 from ckptd.wire import messages
@@ -258,17 +258,11 @@ def _unreachable(cluster: Cluster, counts: dict[str, int]) -> ClusterStatus:
 
 def room_of(cluster: Cluster, versions: Sequence[Surveyed]) -> Room:
     """The room on the workers that answer. `versions` are newest first."""
-    free: Counter[MachineKey] = Counter()
-    machines = machines_of(cluster)
-    for node in cluster.workers:
-        if not node.is_draining:
-            free[machines[node.id]] += node.status.bytes_free
-    storable = (
-        attainable_room(list(free.values()), cluster.config.replication.copies) if free else 0
-    )
+    places = [node.candidate for node in cluster.workers if not node.is_draining]
+    storable = storable_bytes(places, cluster.config.replication.copies)
     newest = next((v.header.size for v in versions if v.header.size), None)
     return Room(
-        bytes_free=sum(free.values()),
+        bytes_free=sum(place.room_bytes for place in places),
         bytes_storable=storable,
         checkpoints_fit=None if newest is None else storable // newest,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ckptd.core.machines import MachineKey, machine_key
+from ckptd.core.placement import Candidate
 from ckptd.net.control import ControlClient
 from ckptd.wire import messages
 
@@ -32,6 +33,18 @@ class Node:
     def machine(self) -> MachineKey:
         """Equal for nodes that die together."""
         return machine_key(self.id, self.hello.boot_id, self.hello.zone)
+
+    @property
+    def candidate(self) -> Candidate:
+        """What placement has to know of it."""
+        return Candidate(
+            node_id=self.id,
+            machine=self.hello.boot_id,
+            zone=self.hello.zone,
+            room_bytes=self.status.bytes_free,
+            write_bytes_per_s=self.status.write_bytes_per_s,
+            queued_bytes=self.status.queued_bytes,
+        )
 
     @property
     def hop(self) -> messages.Hop:

@@ -26,6 +26,7 @@ from ckptd.client.documents import next_order, publish
 from ckptd.client.hashing import BytesReader, HashedShard, PieceReader, SourceHasher, hash_file
 from ckptd.client.manifest_entries import entries_of, shards_of
 from ckptd.client.progress import Progress
+from ckptd.client.room import check_room
 from ckptd.client.source import Source, scan
 from ckptd.client.transfers import Shard, Transfers
 from ckptd.core import bitmaps, documents, limits, tensor_index
@@ -35,7 +36,6 @@ from ckptd.core.documents import Manifest, ShardReference
 from ckptd.core.names import check_name
 from ckptd.errors import (
     CkptdError,
-    NoRoom,
     NotEnoughNodes,
     NotFound,
     SourceChanged,
@@ -142,7 +142,7 @@ class _Store:
         source = self._source
         for warning in source.warnings:
             self._progress.note(warning)
-        self._check_room(source.size)
+        await check_room(cluster, source, self._copies, self._progress)
         self._progress.total(source.size)
         self._transfers = Transfers(cluster, self._copies, self._progress)
         touching = asyncio.create_task(self._touch(), name="touch")
@@ -182,18 +182,6 @@ class _Store:
             await asyncio.sleep(self._cluster.config.gc.grace_s / limits.TOUCHES_PER_GRACE)
             if shards := list(self._shards):
                 await self._cluster.holders(shards, touch=True)
-
-    def _check_room(self, size: int) -> None:
-        """Refuses before a byte is sent what the nodes could not hold even once, and even if all
-        that they have already were part of it."""
-        status = [node.status for node in self._cluster.workers if not node.is_draining]
-        room = sum(found.bytes_free + found.bytes_used for found in status)
-        if size > room:
-            raise NoRoom(
-                f"{self._source.root} has {size} bytes, and the {len(status)} nodes that answer "
-                f"have room for {room} above their reserves",
-                next="ckptd nodes   (then add a node, or put in a larger disk)",
-            )
 
     # -- shards
 

@@ -22,7 +22,7 @@ import structlog
 from ckptd.client.cluster import Cluster, Node
 from ckptd.client.progress import Progress
 from ckptd.core import bitmaps, limits
-from ckptd.core.placement import Candidate, Placement
+from ckptd.core.placement import Placement
 from ckptd.errors import (
     CkptdError,
     Draining,
@@ -76,20 +76,7 @@ class Transfers:
         self._copies = copies
         self._progress = progress
         self._nodes = {node.id: node for node in cluster.workers}
-        self._placement = Placement(
-            [
-                Candidate(
-                    node_id=node.id,
-                    machine=node.hello.boot_id,
-                    zone=node.hello.zone,
-                    room_bytes=node.status.bytes_free,
-                    write_bytes_per_s=node.status.write_bytes_per_s,
-                    queued_bytes=node.status.queued_bytes,
-                )
-                for node in self._nodes.values()
-            ],
-            copies,
-        )
+        self._placement = Placement([node.candidate for node in self._nodes.values()], copies)
         at_once = max(2, min(limits.TRANSFERS_AT_ONCE_MAX, len(self._nodes)))
         self._threads = ThreadPoolExecutor(at_once, thread_name_prefix="transfer")
         self._slots = asyncio.Semaphore(at_once)
