@@ -38,7 +38,8 @@ def test_what_was_received_at_once_is_read_within_the_interval_or_at_the_full_ra
     for size in sizes:
         assert pace.rest_s(size, total) >= size / rate * 0.999, "never faster than the rate"
         at_s += pace.rest_s(size, total)
-    assert at_s <= interval_s or not pace.keeps_up(total)
+    rounded_s = interval_s * (1 + 1e-9)  # of many sums
+    assert at_s <= rounded_s or not pace.keeps_up(total)
     assert pace.bytes_per_s(total) == rate or pace.keeps_up(total)
 
 
