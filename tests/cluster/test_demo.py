@@ -30,6 +30,8 @@ def test_two_nodes_die_and_every_byte_comes_back() -> None:
     assert done.stdout.count("kill -9") == 2
     assert "Nobody stores it" in done.stdout
     assert "kill -9" in done.stdout.split("protected")[0], "no node died before it was protected"
+    assert "will not come back" in done.stdout.split("healed")[0]
+    assert "lies on the living ones again" in done.stdout
     assert "\x1b" not in done.stdout
     left = {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("ckptd-demo-")}
     assert left <= before
@@ -45,4 +47,4 @@ def test_with_the_users_own_checkpoint(tmp_path: Path, size: int) -> None:
     assert result["byte_identical"] is True
     assert len(set(result["killed"])) == 2
     assert result["bytes"] == size
-    assert result["healed"] is None
+    assert result["healed"] is True

@@ -1,5 +1,5 @@
 """The demo: a checkpoint is written into a watched directory and protected by itself while a
-machine dies, restored while another one dies, and compared."""
+machine dies, restored while another one dies, compared, and given its lost copies back."""
 
 from __future__ import annotations
 
@@ -28,22 +28,32 @@ from ckptd.errors import CkptdError, NotFound, Refused
 Say = Callable[[str], None]
 
 _SHARD_SIZE = "4MiB"  # many shards, so that something is always under way when a node dies
-_SETTINGS = (f"replication.shard_size={_SHARD_SIZE}", "watch.settle=1s", "watch.retry=1s")
+_SETTINGS = (
+    f"replication.shard_size={_SHARD_SIZE}",
+    "watch.settle=1s",
+    "watch.retry=1s",
+    "membership.suspect=1s",
+    "membership.down=2s",
+    "repair.after=3s",  # at home it waits for 10 minutes, so that a reboot moves nothing
+    "repair.rate=100MB/s",
+)
 _NAME = "demo/step-1000"
 _PROTECTED_TIMEOUT_S = 60.0
+_HEALED_TIMEOUT_S = 45.0
 _LOOK_S = 0.01  # between two looks at the nodes' disks
 _ASK_S = 0.25  # between two questions whether it is protected
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """`killed` are the nodes in the order of their deaths; `healed` is None as long as nothing
-    repairs by itself. `fallbacks`: how often the restore took a shard from another node."""
+    """`killed` are the nodes in the order of their deaths; `healed`: all copies that the last death
+    took were made anew by themselves. `fallbacks`: how often the restore took a shard from another
+    node."""
 
     byte_identical: bool
     killed: tuple[str, ...]
     fallbacks: int
-    healed: bool | None
+    healed: bool
     seconds: float
     bytes: int
 
@@ -98,7 +108,7 @@ async def run_demo(checkpoint: Path | None, say: Say) -> DemoResult:
         say("Starting a cluster: 4 nodes and a coordinator, real daemons, TLS, a CA of its own ...")
         nodes = cluster.up(4, _SETTINGS)
         say("  " + ", ".join(f"{node.id} on {node.describe()['address']}" for node in nodes))
-        return await _Demo(checkpoint, place, cluster, nodes, say).run(started_s)
+        return await _Demo(checkpoint, place, cluster, say).run(started_s)
     finally:
         if cluster.nodes():
             cluster.down()
@@ -111,29 +121,31 @@ class _Demo:
         checkpoint: Path,
         place: Path,
         cluster: LocalCluster,
-        nodes: list[LocalNode],
         say: Say,
     ) -> None:
         self._checkpoint = checkpoint
         self._place = place
         self._config = load(cluster.client_config)
         self._watch_root = cluster.watch_root
-        self._nodes = {node.id: node for node in nodes}
+        self._cluster = cluster
+        self._nodes = {node.id: node for node in cluster.nodes()}
         self._say = say
         self._killed: list[str] = []
 
     async def run(self, started_s: float) -> DemoResult:
         stored = await self._watch()
+        await self._bring_back()
         target, fallbacks = await self._restore()
         self._say("Comparing every file with the original, byte by byte ...")
         found = differences(self._checkpoint, target)
         for line in found[:10]:
             self._say(f"  DIFFERENT: {line}")
+        healed = await self._heals()
         return DemoResult(
             byte_identical=not found,
             killed=tuple(self._killed),
             fallbacks=fallbacks,
-            healed=None,
+            healed=healed,
             seconds=time.monotonic() - started_s,
             bytes=stored.bytes,
         )
@@ -169,9 +181,9 @@ class _Demo:
                 return
         self._kill("while the store is running")
 
-    async def _protected(self) -> Checkpoint:
-        """The checkpoint, once enough living nodes have it."""
-        deadline_s = time.monotonic() + _PROTECTED_TIMEOUT_S
+    async def _protected(self, timeout_s: float = _PROTECTED_TIMEOUT_S) -> Checkpoint:
+        """The checkpoint, once enough living nodes have it. Raises Refused when they do not."""
+        deadline_s = time.monotonic() + timeout_s
         reason = "the coordinator has not seen it"
         while time.monotonic() < deadline_s:
             try:
@@ -191,6 +203,28 @@ class _Demo:
         raise Refused(
             f"the demo's checkpoint did not become protected: {reason}", next="ckptd doctor"
         )
+
+    async def _bring_back(self) -> None:
+        """The power is back: while half of the nodes were gone, nothing would be repaired."""
+        self._say(f"Starting {self._killed[0]} again, as after a power cut ...")
+        await asyncio.to_thread(self._cluster.up, len(self._nodes))
+        self._nodes = {node.id: node for node in self._cluster.nodes()}
+
+    async def _heals(self) -> bool:
+        """Waits until the copies that the last death took are on other nodes."""
+        lost = self._killed[-1]
+        self._say(f"{lost} will not come back. Nobody does anything about it ...")
+        died_s = time.monotonic()
+        try:
+            await self._protected(_HEALED_TIMEOUT_S)
+        except Refused as error:
+            self._say(f"  NOT HEALED: {error.message}")
+            return False
+        self._say(
+            f"  healed {time.monotonic() - died_s:.1f} s later: each shard is on two living nodes "
+            "again; they copied it among themselves."
+        )
+        return True
 
     async def _restore(self) -> tuple[Path, int]:
         self._say("Restoring it ...")
