@@ -42,6 +42,9 @@ def up(directory: Path, nodes: int, settings: tuple[str, ...], print_env: bool) 
     """Start the cluster: whatever is not running, with its data.
 
     The daemons go on after this command. Use it with: eval "$(ckptd local up --print-env)"
+
+    Things happen sooner than on real machines, unless --set says otherwise: repair.after and
+    repair.promise 10s, gc.grace 60s, membership.down 5s, watch.settle_max 5s.
     """
     cluster = LocalCluster(directory)
     running = cluster.up(nodes, settings)

@@ -41,6 +41,8 @@ LOCAL_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "gc": {"grace": "60s"},
     "membership": {"heartbeat": "500ms", "suspect": "2s", "down": "5s"},
 }
+WATCH_DEFAULTS: Final[Mapping[str, Any]] = {"settle_max": "5s"}
+"""Who tries things out overwrites a checkpoint as fast as a loop does, and wants to see it stored."""
 COORDINATOR: Final = "coordinator"
 OWNER: Final = "owner"
 """Whose certificate the client's config names: it may do what a client and an admin may."""
@@ -285,7 +287,7 @@ class LocalCluster:
         settings = overrides.get("watch", {})
         if not isinstance(settings, dict):
             return list(settings) if isinstance(settings, list) else [settings]
-        return [{"root": str(self.watch_root), **settings}]
+        return [{"root": str(self.watch_root), **WATCH_DEFAULTS, **settings}]
 
     # -- running
 
