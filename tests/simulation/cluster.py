@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import yaml
 from tests.simulation import network as networks
@@ -23,6 +23,7 @@ from tests.simulation.threads import KERNEL
 from ckptd.client.cluster import Cluster, connect
 from ckptd.client.pki import init_cluster, issue
 from ckptd.config import Config, check
+from ckptd.core import limits
 from ckptd.core.identity import Role
 from ckptd.core.signing import Signer
 from ckptd.node.daemon import Node
@@ -34,6 +35,9 @@ CLUSTER = "home"
 WORKERS = ("pi1", "pi2", "pi3", "pi4", "pi5")
 COORDINATORS = ("mac1", "mac2")
 PORT = 7701
+
+# Looks that cost nothing on a real node, and most of the time of a simulation.
+_SLOWER: Final = {"REPAIR_LOOK_S": 8.0, "REPAIR_SURPLUS_INTERVAL_S": 60.0, "REBALANCE_LOOK_S": 60.0}
 
 
 def ram_directory() -> Path:
@@ -53,6 +57,7 @@ class Pki:
         for name in COORDINATORS:
             issue(directory, [Role.COORDINATOR], name)
         issue(directory, [Role.WORKER], "mallory")
+        issue(directory, [Role.CLIENT, Role.ADMIN], "person")
 
     def signer(self, name: str) -> Signer:
         at = self.directory
@@ -75,12 +80,13 @@ class Settings:
     coordinators: int = 0
     copies: int = 2
     capacity_bytes: int = 64 * 1024 * 1024
-    heartbeat_s: float = 5.0
-    suspect_s: float = 12.0
-    down_s: float = 30.0
-    repair_after_s: float = 300.0
-    gc_grace_s: float = 1800.0
-    scrub_interval_s: float = 3600.0
+    heartbeat_s: float = 15.0
+    suspect_s: float = 35.0
+    down_s: float = 60.0
+    repair_after_s: float = 120.0
+    promise_s: float = 120.0
+    gc_grace_s: float = 600.0
+    scrub_interval_s: float = 900.0
     retention: tuple[tuple[dict[str, object], ...], ...] = ((), ())
 
 
@@ -91,14 +97,17 @@ def _config(
     document: dict[str, Any] = {
         "cluster": CLUSTER,
         "replication": {"copies": settings.copies, "shard_size": "64KiB"},
-        "tls": pki.section(name if role else "client"),
+        "tls": pki.section(name if role else "person"),
         "discovery": {"mdns": False, "peers": peers},
         "membership": {
             "heartbeat": f"{settings.heartbeat_s:g}s",
             "suspect": f"{settings.suspect_s:g}s",
             "down": f"{settings.down_s:g}s",
         },
-        "repair": {"after": f"{settings.repair_after_s:g}s"},
+        "repair": {
+            "after": f"{settings.repair_after_s:g}s",
+            "promise": f"{settings.promise_s:g}s",
+        },
         "gc": {"grace": f"{settings.gc_grace_s:g}s"},
         "scrub": {"interval": f"{settings.scrub_interval_s:g}s"},
     }
@@ -138,7 +147,7 @@ class SimulatedNode:
         self.node: Node | None = None
         self.lives = 0
         self.started_s = 0.0
-        self.wiped = False
+        self.forgotten = False  # it never comes back
         cluster.network.hosts[address] = self.host
 
     @property
@@ -152,7 +161,7 @@ class SimulatedNode:
     def start(self) -> None:
         """Boots the machine if it is off, and starts the daemon."""
         kernel = self.cluster.kernel
-        if self.running:
+        if self.running or self.forgotten:
             return
         if not self.host.powered or not self.host.boots:
             self.host.power_on(kernel.now_s)
@@ -200,7 +209,9 @@ class SimulatedNode:
     def wipe(self) -> None:
         """A new, empty card. The daemon must not be running."""
         assert not self.running
+        removed = self.disk.on_removed
         self.disk = self.cluster.new_disk()
+        self.disk.on_removed = removed
         self.cluster.initialise(self.host, self.disk)
 
 
@@ -225,6 +236,8 @@ class SimulatedCluster:
 
     def __enter__(self) -> SimulatedCluster:
         substitutes.install()
+        for name, value in _SLOWER.items():
+            setattr(limits, name, value)
         KERNEL[:] = [self.kernel]
         random.seed(self.seed)
         networks.begin(self.network)
@@ -264,7 +277,12 @@ class SimulatedCluster:
 
     @property
     def workers(self) -> list[SimulatedNode]:
-        return [node for node in self.nodes.values() if node.is_worker]
+        """All that may still come back."""
+        return [node for node in self.nodes.values() if node.is_worker and not node.forgotten]
+
+    @property
+    def living(self) -> list[SimulatedNode]:
+        return [node for node in self.nodes.values() if not node.forgotten]
 
     def new_disk(self) -> SimulatedDisk:
         return SimulatedDisk(

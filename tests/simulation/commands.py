@@ -12,9 +12,10 @@ from typing import Any, Final
 from tests.simulation.faults import Faults
 from tests.simulation.world import World
 
-from ckptd.client import marks
+from ckptd.client import marks, node_marks
 from ckptd.client.cluster import Cluster
 from ckptd.client.progress import Progress
+from ckptd.client.prune import prune
 from ckptd.client.restore import restore
 from ckptd.client.store import store
 from ckptd.client.verification import verify
@@ -43,6 +44,7 @@ class Commands:
             *(4 * [self.store]), self.store_again, self.store_changing,
             self.store_while_a_node_dies, self.rot_while_off, *(2 * [self.restore]), self.remove,
             self.pin, self.unpin, self.undelete, self.verify, self.forge,
+            self.prune, self.drain, self.undrain, self.maintain, self.forget,
         ]  # fmt: skip
 
     def _content(self, name: str) -> dict[str, bytes]:
@@ -78,13 +80,17 @@ class Commands:
         self.ledger.contents.setdefault(name, []).append(content)
         root = self._write(content)
         known = self._newest_that_is_reachable(name)
+        before = set(self.guarantees.media.versions)
+
+        began_s = self.world.now_s
 
         def done(result: Any) -> None:
             self.ledger.of_version[result.version] = content
             if result.state == "protected":
-                self.guarantees.check_announced(result.version)
+                self.guarantees.check_announced(result.version, began_s)
             version = self.guarantees.media.versions.get(result.version)
-            if version and known and version.order <= known[1] and result.version != known[0]:
+            new = result.version not in before  # else it is the same content once more
+            if version and known and version.order <= known[1] and new:
                 self.world.fail(
                     f"{name}@{result.version[:12]} was stored after {known[0][:12]}, and its "
                     "order is not higher"
@@ -109,9 +115,11 @@ class Commands:
 
         self.cluster.kernel.call_later(self.rng.uniform(0.0, 0.4), change)
 
+        began_s = self.world.now_s
+
         def done(result: Any) -> None:
             if result.state == "protected":
-                self.guarantees.check_announced(result.version)
+                self.guarantees.check_announced(result.version, began_s)
 
         self.begin(f"store {name}", lambda cluster: store(cluster, root, name=name), done)
 
@@ -202,7 +210,8 @@ class Commands:
             shutil.rmtree(target, ignore_errors=True)
 
         def failed(error: CkptdError) -> None:
-            if version_id is not None:
+            self.guarantees.media.look()
+            if version_id is not None and not self.guarantees.is_dead(version_id):
                 self.world.fail(f"{selector} cannot be restored: {error.message}")
             elif isinstance(error, NoGoodCopy):
                 self.world.note(f"no good copy is said of {selector}")
@@ -249,12 +258,14 @@ class Commands:
             return
         version = self.guarantees.media.versions[self.rng.choice(removed)]
 
+        began_s = self.world.now_s
+
         def done(result: Any) -> None:
             content = self.ledger.of_version.get(version.id)
             if content is not None:
                 self.ledger.of_version[result.version] = content
             if result.state == "protected":
-                self.guarantees.check_announced(result.version)
+                self.guarantees.check_announced(result.version, began_s)
 
         self.begin(
             f"undelete {version.name}",
@@ -264,6 +275,41 @@ class Commands:
 
     def verify(self) -> None:
         self.begin("verify all", lambda cluster: verify(cluster, [], progress=Progress()))
+
+    def prune(self) -> None:
+        confirmed = self.rng.random() < 0.5
+        self.begin("prune", lambda cluster: prune(cluster, dry_run=False, confirmed=confirmed))
+
+    def drain(self) -> None:
+        node = self.rng.choice(self.cluster.workers).name
+        self.begin(f"drain {node}", lambda cluster: node_marks.drain(cluster, node))
+
+    def undrain(self) -> None:
+        node = self.rng.choice(self.cluster.workers).name
+        self.begin(f"undrain {node}", lambda cluster: node_marks.undrain(cluster, node))
+
+    def maintain(self) -> None:
+        node = self.rng.choice(self.cluster.workers).name
+        for_s = self.rng.choice((0.0, 60.0, 600.0, 3600.0))
+        self.begin(f"maintenance {node}", lambda cluster: node_marks.maintain(cluster, node, for_s))
+
+    def forget(self) -> None:
+        """A machine dies for good, and somebody says so; once, as fewer nodes prove less."""
+        lost = [node for node in self.cluster.nodes.values() if node.forgotten]
+        if not lost:
+            node = self.rng.choice(self.cluster.workers)
+            enough = len(self.cluster.workers) > self.cluster.settings.copies + 1
+            if not enough or not self.faults.loses(node):
+                return
+            node.crash(power_cut=True)
+            node.forgotten = True
+            lost = [node]
+        name = lost[0].name
+
+        async def work(cluster: Cluster) -> None:
+            await node_marks.forget(cluster, await node_marks.consider_forgetting(cluster, name))
+
+        self.begin(f"forget {name}", work)
 
     def forge(self) -> None:
         """A stolen worker brings documents that it may not write, and one that nobody signed."""

@@ -132,28 +132,30 @@ class SimulatedDisk(ModelDisk):
     # For those who check and damage
 
     def durable_files(self, path: str) -> dict[str, File]:
-        """By name, the files below a directory whose names are on the medium."""
-        directory: Directory = self.root
-        for part in path.strip("/").split("/"):
-            found = directory.durable.get(part)
-            if not isinstance(found, Directory):
-                return {}
-            directory = found
-        return {name: node for name, node in directory.durable.items() if isinstance(node, File)}
+        """By name, the files below a directory that are there now, and will be after a power cut:
+        a removal that was not flushed counts, a new name that was not does not."""
+        directory = self._durable_directory(path)
+        names = {} if directory is None else directory.durable
+        return {
+            name: node
+            for name, node in names.items()
+            if isinstance(node, File) and directory and directory.seen.get(name) is node
+        }
 
-    def durable_directories(self, path: str) -> list[str]:
+    def _durable_directory(self, path: str) -> Directory | None:
         directory: Directory = self.root
         for part in path.strip("/").split("/"):
             found = directory.durable.get(part)
             if not isinstance(found, Directory):
-                return []
+                return None
             directory = found
-        return [name for name, node in directory.durable.items() if isinstance(node, Directory)]
+        return directory
 
     def shards(self) -> dict[str, File]:
         """All copies whose names are on the medium, by name."""
         found: dict[str, File] = {}
-        for name in self.durable_directories(f"{STORE}/shards"):
+        above = self._durable_directory(f"{STORE}/shards")
+        for name in above.durable if above is not None else ():
             found.update(self.durable_files(f"{STORE}/shards/{name}"))
         return found
 

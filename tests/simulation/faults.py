@@ -29,11 +29,12 @@ class Faults:
             self.cut_link, self.isolate, *(2 * [self.heal]), self.reset_connections,
             self.slow_network, self.sleep, *(2 * [self.wake_all]), self.jump_clock,
             self.fill_disk, self.fail_disk, self.flip_bit, self.read_badly, self.kill_command,
+            self.replace_card,
             self.nothing,
         ]  # fmt: skip
 
     def _node(self) -> SimulatedNode:
-        return self.rng.choice(list(self.cluster.nodes.values()))
+        return self.rng.choice(self.cluster.living)
 
     def nothing(self) -> None:
         self.cluster.run(self.rng.uniform(10.0, 300.0))
@@ -45,7 +46,7 @@ class Faults:
         self._node().crash(power_cut=True)
 
     def start_stopped(self) -> None:
-        stopped = [node for node in self.cluster.nodes.values() if not node.running]
+        stopped = [node for node in self.cluster.living if not node.running]
         if stopped:
             node = self.rng.choice(stopped)
             node.disk.fault = 0
@@ -142,6 +143,26 @@ class Faults:
         self.ledger.misread_at_s[node.name] = self.world.now_s
         for shard in node.disk.shards():
             self.ledger.damaged_at_s[shard] = self.world.now_s
+
+    def replace_card(self) -> None:
+        """The card of a node dies; it comes back with an empty one and its old name."""
+        node = self.rng.choice(self.cluster.workers)
+        if self.loses(node):
+            self.world.note(f"{node.name} gets a new card")
+            node.crash(power_cut=True)
+            node.wipe()
+            node.start()
+
+    def loses(self, node: SimulatedNode) -> bool:
+        """Whether all of a node's disk may be lost now. Then that is noted."""
+        shards = self.guarantees.media.good_shards(node)
+        if not self.guarantees.may_damage(node, shards):
+            return False
+        for shard in shards:
+            self.ledger.damaged_at_s[shard] = self.world.now_s
+        for key in [key for key in self.ledger.flipped if key[0] == node.name]:
+            del self.ledger.flipped[key]
+        return True
 
     def kill_command(self) -> None:
         if self.world.running:

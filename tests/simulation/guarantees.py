@@ -110,7 +110,7 @@ class Media:
         workers = self._cluster.workers
         return Look(
             {node.name: self.good_shards(node) for node in workers},
-            {node.name: self.document_ids(node) for node in self._cluster.nodes.values()},
+            {node.name: self.document_ids(node) for node in self._cluster.living},
         )
 
 
@@ -151,6 +151,7 @@ class Guarantees:
         self.check_protected_versions_exist(look)
         self.check_no_bad_copy_by_itself(look)
         self.check_documents(look)
+        self.check_runs(look)
 
     def live_protected(self) -> list[Version]:
         """Versions that were announced as protected and that nobody has removed."""
@@ -210,13 +211,42 @@ class Guarantees:
         justified_by = self.media.versions.get(document["justified_by"])
         if justified_by is None:
             self.cluster.fail("retention is justified by a version that is on no medium")
-        elif self.is_dead(justified_by.id) and justified_by.id not in self.ledger.removable:
-            self.cluster.fail("retention is justified by a version that retention removed")
-        elif look.copies(justified_by) < 1:
+            return
+        for version_id in document["versions"]:
+            dropped = self.media.versions.get(version_id)
+            if dropped is not None and (dropped.order, dropped.id) >= (
+                justified_by.order,
+                justified_by.id,
+            ):
+                self.cluster.fail(
+                    f"retention dropped {dropped.id[:12]} for the sake of an older one"
+                )
+        if not self.is_dead(justified_by.id) and look.copies(justified_by) < 1:
             self.cluster.fail("retention is justified by a version that is not whole")
 
+    # Guarantee 4, too: of each run something stays that was protected, unless people removed it.
+    def check_runs(self, look: Look) -> None:
+        runs: dict[str, list[Version]] = {}
+        for version_id in self.ledger.protected:
+            if version := self.media.versions.get(version_id):
+                runs.setdefault(version.name.rpartition("/")[0], []).append(version)
+        for run, versions in runs.items():
+            touched = any(version.id in self.ledger.removable for version in versions)
+            if touched or not all(self.is_dead(version.id) for version in versions):
+                continue
+            left = [
+                version
+                for version in self.media.versions.values()
+                if version.name.rpartition("/")[0] == run
+                and not self.is_dead(version.id)
+                and look.copies(version)
+            ]
+            if not left:
+                self.cluster.fail(f"retention has left nothing of the run {run!r}")
+
     # Guarantee 1: "protected" is said of what is flushed on enough nodes.
-    def check_announced(self, version_id: str) -> None:
+    def check_announced(self, version_id: str, since_s: float) -> None:
+        """Called in the moment in which a command, begun at `since_s`, says it."""
         look = self.media.look()
         version = self.media.versions.get(version_id)
         if version is None:
@@ -226,21 +256,22 @@ class Guarantees:
         if self.is_dead(version_id):
             return
         copies = look.copies(version)
-        if copies < version.copies and not self._is_excused(version.shards):
+        if copies < version.copies and not self._is_excused(version.shards, since_s):
             self.cluster.fail(
                 f"{version.name}@{version_id[:12]} is said to be protected with {version.copies} "
                 f"copies, and media have {copies}"
             )
 
-    def _is_excused(self, shards: Iterable[str]) -> bool:
+    def _is_excused(self, shards: Iterable[str], since_s: float) -> bool:
         """Whether a copy was damaged since its node last hashed it: that is found by the next
-        scrub. One that was damaged before the node's start is never believed unhashed."""
+        scrub. One that was damaged before the node's start is never believed unhashed, unless
+        the command saw it whole before."""
         for node in self.cluster.workers:
             if self.ledger.misread_at_s.get(node.name, -1e9) > self.cluster.kernel.now_s - 300:
                 return True
             for shard in shards:
                 at_s = self.ledger.flipped.get((node.name, shard))
-                if at_s is not None and at_s >= node.started_s:
+                if at_s is not None and at_s >= min(node.started_s, since_s):
                     return True
         return False
 
@@ -267,8 +298,6 @@ class Guarantees:
         good one of a protected version, as that is not promised."""
         look = self.media.look()
         lost = set(shards)
-        if node.wiped:
-            return False
         for version in self.live_protected():
             if not look.manifest_holders(version.id) - {node.name}:
                 return False

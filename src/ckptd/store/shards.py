@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from ckptd.clock import SYSTEM_CLOCK
 from ckptd.core import limits
 from ckptd.errors import NotFound, Refused, ShardCorrupt
 from ckptd.store import check_record, durable, layout
@@ -72,7 +73,7 @@ class ShardStore:
         directory: StoreDirectory,
         *,
         reserve: int | float,
-        clock: Callable[[], float] = time.monotonic,
+        clock: Callable[[], float] = SYSTEM_CLOCK.monotonic_s,
     ) -> None:
         self._directory = directory
         self._path = directory.path
