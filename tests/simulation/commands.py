@@ -44,7 +44,7 @@ class Commands:
             *(4 * [self.store]), self.store_again, self.store_changing,
             self.store_while_a_node_dies, self.rot_while_off, *(2 * [self.restore]), self.remove,
             self.pin, self.unpin, self.undelete, self.verify, self.forge,
-            self.prune, self.drain, self.undrain, self.maintain, self.forget,
+            self.prune, self.bring_news, self.drain, self.undrain, self.maintain, self.forget,
         ]  # fmt: skip
 
     def _content(self, name: str) -> dict[str, bytes]:
@@ -276,6 +276,22 @@ class Commands:
     def verify(self) -> None:
         self.begin("verify all", lambda cluster: verify(cluster, [], progress=Progress()))
 
+    def bring_news(self) -> None:
+        """A person with a newer ckptd writes a document that this one cannot read."""
+        if self.rng.random() < 0.85:
+            return
+        fields = {"kind": "hologram", "format": 7, "cluster": "home", "order": 5, "nonce": "a"}
+        raw = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        signed = messages.SignedDocument(raw, self.cluster.pki.signer("person").sign(raw))
+        self.begin("news", lambda cluster: self._put(cluster, signed))
+
+    async def _put(self, cluster: Cluster, signed: messages.SignedDocument) -> None:
+        payload = messages.encode_documents((signed,))
+        for node in cluster.workers:
+            await node.control.request(
+                messages.PutDocuments(1), messages.PutDocumentsReply, payload=payload
+            )
+
     def prune(self) -> None:
         confirmed = self.rng.random() < 0.5
         self.begin("prune", lambda cluster: prune(cluster, dry_run=False, confirmed=confirmed))
@@ -333,15 +349,8 @@ class Commands:
         if raw is forged[-1] or self.rng.random() < 0.3:
             envelope = worker.sign(raw + b" ")  # of other bytes
         self.ledger.forged.add(documents.document_id(raw))
-        payload = messages.encode_documents((messages.SignedDocument(raw, envelope),))
-
-        async def work(cluster: Cluster) -> None:
-            for node in cluster.workers:
-                await node.control.request(
-                    messages.PutDocuments(1), messages.PutDocumentsReply, payload=payload
-                )
-
-        self.begin("forge document", work)
+        signed = messages.SignedDocument(raw, envelope)
+        self.begin("forge document", lambda cluster: self._put(cluster, signed))
 
 
 def _changed(data: bytes, position: int) -> bytes:

@@ -52,6 +52,7 @@ class SimulatedDisk(ModelDisk):
         self.last_call: tuple[str, int] | None = None  # dies after so many of these calls
         self.on_last_call: Callable[[], None] = lambda: None
         self.on_removed: Callable[[str, bytes], None] | None = None
+        self.arrived_s: dict[str, float] = {}  # when a shard got its name, the last time
         self.used_bytes = sum(
             _rounded(len(node.seen)) for node in self._nodes() if isinstance(node, File)
         )
@@ -117,6 +118,8 @@ class SimulatedDisk(ModelDisk):
         directory, name = self._parent(target)
         replaced = directory.seen.get(name)
         super().rename(source, target)
+        if target.startswith(f"{STORE}/shards/"):
+            self.arrived_s[name] = kernel().now_s
         if isinstance(replaced, File):
             self.used_bytes -= _rounded(len(replaced.seen))
 
@@ -126,8 +129,9 @@ class SimulatedDisk(ModelDisk):
         super().unlink(path)
         if isinstance(node, File):
             self.used_bytes -= _rounded(len(node.seen))
-            if path.startswith(f"{STORE}/shards/") and self.on_removed is not None:
-                self.on_removed(name, bytes(node.seen))
+            is_copy = path.startswith((f"{STORE}/shards/", f"{STORE}/quarantine/"))
+            if is_copy and self.on_removed is not None:
+                self.on_removed(path, bytes(node.seen))
 
     # For those who check and damage
 

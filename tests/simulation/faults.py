@@ -37,7 +37,7 @@ class Faults:
         return self.rng.choice(self.cluster.living)
 
     def nothing(self) -> None:
-        self.cluster.run(self.rng.uniform(10.0, 300.0))
+        self.cluster.run(self.rng.choice((30.0, 120.0, 300.0, 1000.0)))
 
     def kill(self) -> None:
         self._node().crash(power_cut=False)

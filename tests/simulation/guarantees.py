@@ -19,6 +19,8 @@ from tests.simulation.disk import STORE
 RECENT_DAMAGE_S: Final = 900.0
 """A promise to keep a copy cannot know of damage that we do; for so long it is not held against
 whoever relied on it."""
+_LAST_ANSWER_S: Final = 60.0
+"""So long what was on its way may still arrive."""
 
 
 @dataclass
@@ -143,7 +145,7 @@ class Guarantees:
         self.cluster = cluster
         self.ledger = ledger
         self.media = Media(cluster)
-        self.pending_retention: set[str] = set()
+        self.alone_since_s: dict[str, float] = {}
 
     def check(self) -> None:
         """Everything that must hold always."""
@@ -275,23 +277,74 @@ class Guarantees:
                     return True
         return False
 
-    # Design 3: a copy is dropped only when enough others are kept; guarantee 5: never a bad one.
-    def check_removed(self, node: SimulatedNode, shard: str, content: bytes) -> None:
+    # Guarantee 5, and design 3: what a node may remove from its medium.
+    def check_removed(self, node: SimulatedNode, path: str, content: bytes) -> None:
         """Called when a node has just removed the name of a copy."""
-        if hashlib.sha256(content).hexdigest() != shard:
+        shard = path.rpartition("/")[2][:64]
+        whole = hashlib.sha256(content).hexdigest() == shard
+        look = self.media.look()
+        live = [version for version in self.live_protected() if shard in version.shards]
+        others = look.holders(shard) - {node.name}
+        if "/quarantine/" in path:
+            if not whole and live and not look.holders(shard):
+                self.cluster.fail(f"{node.name} gave up on the last copy of shard {shard[:12]}")
+            return
+        if not whole:
             self.cluster.fail(f"{node.name} deleted a corrupt copy of shard {shard[:12]}")
             return
         since_s = self.cluster.kernel.now_s - RECENT_DAMAGE_S
         if self.ledger.damaged_at_s.get(shard, -1e9) >= since_s:
             return
-        look = self.media.look()
-        others = look.holders(shard) - {node.name}
-        for version in self.live_protected():
-            if shard in version.shards and len(others) < version.copies:
+        for version in live:
+            if len(others) < version.copies:
                 self.cluster.fail(
                     f"{node.name} dropped shard {shard[:12]} of {version.name}@"
                     f"{version.id[:12]}, and only {sorted(others)} have it"
                 )
+        known = look.documents[node.name]
+        named = any(
+            shard in version.shards
+            for key, version in self.media.versions.items()
+            if key in known and not self.is_dead(key)
+        )
+        if not named:
+            self._check_collected(node, shard, known)
+
+    # Design 3: what garbage collection waits for.
+    def _check_collected(self, node: SimulatedNode, shard: str, known: set[str]) -> None:
+        now_s = self.cluster.kernel.now_s
+        grace_s = self.cluster.settings.gc_grace_s
+        begun_s = max(node.started_s, node.disk.arrived_s.get(shard, 0.0))
+        if now_s - begun_s < grace_s:
+            self.cluster.fail(
+                f"{node.name} collected shard {shard[:12]} {now_s - begun_s:.0f} s after it came"
+            )
+        alone_s = self.alone_since_s.get(node.name)
+        if alone_s is not None and alone_s + _LAST_ANSWER_S < begun_s + grace_s:
+            self.cluster.fail(f"{node.name} collected shard {shard[:12]}, and had heard of nobody")
+        if any(self.media.documents[each]["kind"] == "hologram" for each in known):
+            self.cluster.fail(
+                f"{node.name} collected shard {shard[:12]}, and has a document it cannot read"
+            )
+
+    def note_topology(self) -> None:
+        """To be called whenever machines or links came or went: who can hear of no other worker."""
+        workers = self.cluster.workers
+        blocked = self.cluster.network.blocked
+        for node in workers:
+            reached = any(
+                other is not node
+                and other.running
+                and other.host.asleep_since_s is None
+                and not other.disk.fault
+                and (node.name, other.name) not in blocked
+                and (other.name, node.name) not in blocked
+                for other in workers
+            )
+            if reached:
+                self.alone_since_s.pop(node.name, None)
+            else:
+                self.alone_since_s.setdefault(node.name, self.cluster.kernel.now_s)
 
     def may_damage(self, node: SimulatedNode, shards: Iterable[str]) -> bool:
         """Whether the guarantees survive the loss of these copies: we never destroy the last

@@ -172,4 +172,58 @@ MUTANTS: Final = (
         "if 0 <= age_s <= oldest_s:",
         "if True:",
     ),
+    Mutant(
+        "garbage is collected without the grace",
+        "ckptd.node.collector:Collector._pass",
+        "heard_s - self._grace_s",
+        "heard_s",
+    ),
+    Mutant(
+        "garbage is collected by one that hears nobody",
+        "ckptd.node.collector:Collector._heard_by_half_s",
+        "return heard_s",
+        "return self._clock.monotonic_s()",
+    ),
+    Mutant(
+        "garbage is collected in spite of documents that cannot be read",
+        "ckptd.node.collector:Collector.step",
+        "if doubt := self._records.doubt():",
+        "if doubt := '':",
+    ),
+    Mutant(
+        "copies are dropped without promises",
+        "ckptd.core.trimming:is_surplus",
+        "if len(others) < claim.copies:",
+        "if False:",
+    ),
+    Mutant(
+        "what was promised is dropped",
+        "ckptd.core.trimming:Promises.begin",
+        "if self.wait_s(now_s) or shard in self._until_s or shard in self._asking:",
+        "if shard in self._asking:",
+    ),
+    Mutant(
+        "retention relies on what is not protected",
+        "ckptd.node.confirmation:Confirmation.protected",
+        "found |= await self._protected(batch)",
+        "found |= {version.id for version in batch}",
+    ),
+    Mutant(
+        "quarantined copies are given up at once",
+        "ckptd.core.scrubbing:decide_quarantined",
+        "if healed_for_s is not None and healed_for_s >= grace_s:",
+        "if True:",
+    ),
+    Mutant(
+        "the scrub reads nothing",
+        "ckptd.node.scrubber:Scrubber._read_next",
+        "while self._queue:",
+        "while False:",
+    ),
+    Mutant(
+        "missing copies are not made anew",
+        "ckptd.core.steward:most_are_live",
+        "return 2 * sum(each.is_live for each in workers) > len(workers)",
+        "return False",
+    ),
 )

@@ -99,6 +99,8 @@ class Rest:
         """What no live version needs goes after the grace. Versions that retention dropped may
         have to wait for others."""
         media = self._media
+        if any(document["kind"] == "hologram" for document in media.documents.values()):
+            return  # what cannot be read may name any shard
         kept = {shard for version in self._live(look) for shard in version.shards}
         for key, tombstones in media.tombstones.items():
             if key in media.versions and all(

@@ -100,6 +100,7 @@ class Scenario:
         act = rng.choice(self.commands.choices() if commanded else self.faults.choices())
         self.world.counts[act.__name__] += 1
         act()
+        self.guarantees.note_topology()
         self.cluster.run(rng.choice((0.05, 0.3, 1.0, 3.0, 10.0, 30.0, 90.0)))
         self.world.reap()
         self.guarantees.check()
@@ -120,6 +121,7 @@ class Scenario:
             if failed:
                 node.crash(power_cut=False)
             node.start()
+        self.guarantees.note_topology()
         end_s = self.world.now_s + _REST_MAX_S
         left = "everything"
         while left and self.world.now_s < end_s and not cluster.failures:
