@@ -208,7 +208,9 @@ class Members:
     def views(self) -> Iterator[messages.PeerView]:
         """What this node thinks of each other one, and which nodes were forgotten."""
         now_s = self._clock.monotonic_s()
-        peers = list(self._peers.values())[: limits.CLUSTER_NODES_MAX]
+        forgotten = self.roster.forgotten()  # known at once, not from the next heartbeat on
+        peers = [peer for peer in self._peers.values() if peer.node not in forgotten]
+        del peers[limits.CLUSTER_NODES_MAX :]
         for peer in peers:
             silent_s = self._membership.silent_s(peer.node, now_s)
             state = shown_state(
@@ -221,7 +223,7 @@ class Members:
             yield messages.PeerView(
                 peer.node, peer.address, peer.bulk_port, state, seen_s, peer.roles, peer.zone
             )
-        for node in sorted(self.roster.forgotten())[: limits.CLUSTER_NODES_MAX - len(peers)]:
+        for node in sorted(forgotten)[: limits.CLUSTER_NODES_MAX - len(peers)]:
             said = self.roster.last_said(node)
             address, roles = (said.address, said.roles) if said else ("", ())
             yield messages.PeerView(node, address, 0, "forgotten", -1.0, roles)

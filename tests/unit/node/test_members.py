@@ -192,6 +192,8 @@ def test_a_forgotten_node_is_dropped_and_told_of() -> None:
     cluster.wait(1.0, hearing="ac")
     assert not cluster.members.forgotten(serial("c"))
     cluster.forget("c")
+    # At once, and only so: whoever asks is not told of it under two states.
+    assert [view.state for view in cluster.members.views() if view.node == "c"] == ["forgotten"]
     cluster.members.tick()
     assert cluster.members.forgotten(serial("c"))
     assert not cluster.members.knows("c") and "c" not in cluster.members.standings()
