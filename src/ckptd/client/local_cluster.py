@@ -42,7 +42,7 @@ LOCAL_DEFAULTS: Final[Mapping[str, Mapping[str, Any]]] = {
     "membership": {"heartbeat": "500ms", "suspect": "2s", "down": "5s"},
 }
 WATCH_DEFAULTS: Final[Mapping[str, Any]] = {"settle_max": "5s"}
-"""Who tries things out overwrites a checkpoint as fast as a loop does, and wants to see it stored."""
+"""Whoever tries things out overwrites a checkpoint in a loop, and wants to see it stored."""
 COORDINATOR: Final = "coordinator"
 OWNER: Final = "owner"
 """Whose certificate the client's config names: it may do what a client and an admin may."""
