@@ -1,6 +1,6 @@
 """The threads that fetch shards: a few for each place, each with a stream of its own.
 
-A thread receives, writes and hashes a piece of 256 KiB after the other, so that memory is bounded
+A thread receives, writes and hashes a piece of 512 KiB after the other, so that memory is bounded
 by the count of threads. A shard counts once its SHA-256 is the recorded one. What they do next is
 decided by the `Schedule`, under one lock.
 """

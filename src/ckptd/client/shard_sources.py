@@ -47,7 +47,7 @@ class ShardStream(Protocol):
     """A way to fetch shards from one place, one after the other, by one thread."""
 
     def fetch(self, shard: bytes, size: int, take: Take) -> None:
-        """Hands all `size` bytes of a shard to `take`, in pieces of at most 256 KiB.
+        """Hands all `size` bytes of a shard to `take`, in pieces of at most BULK_BUFFER_BYTES.
 
         Raises NotFound when it is not there, ShardCorrupt when it has another size, PeerBusy,
         PeerError or CkptdError when it cannot be read now, and whatever `take` raises. Its hash is
