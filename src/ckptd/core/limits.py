@@ -188,6 +188,7 @@ SHARDS_PER_SURVEY: Final = 64 * KIB  # of the versions that a steward asks about
 SHARDS_PER_COPY_MAX: Final = 256  # in one request
 COPY_SLICE_S: Final = 5.0  # a holder sends for about so long on one request
 REPAIR_LOOK_S: Final = 2.0  # between two looks at the nodes
+REPAIR_WAIT_SHOWN_S: Final = 5.0  # before it is told that repair waits for absent nodes
 REPAIR_SCAN_GAP_S: Final = 5.0  # between two questions about all versions, at least
 REPAIR_SCAN_SLOWDOWN: Final = 10.0  # ... and this many times as long as the last one took
 REPAIR_SCAN_INTERVAL_S: Final = 600.0  # when nothing has changed

@@ -80,6 +80,7 @@ class Repairer:
         self._failures: Counter[str] = Counter()  # in a row
         self._done_bytes = 0
         self._absences = Absences()
+        self._waiting_since_s = 0.0
         self._stuck = ""
         self._shape: object = None
         self._counts: dict[str, tuple[int, int, float]] = {}
@@ -100,7 +101,10 @@ class Repairer:
         """What the steward knows; None on another node, and before the first round."""
         if self._totals is None:
             return None
-        waiting = "; ".join(text for text in (self._absences.waiting, self._stuck) if text)
+        held_s = self._clock.monotonic_s() - self._waiting_since_s
+        # Whoever has just started has not heard of everybody yet: that is no news.
+        held_back = self._absences.waiting if held_s >= limits.REPAIR_WAIT_SHOWN_S else ""
+        waiting = "; ".join(text for text in (held_back, self._stuck) if text)
         return messages.RepairView(
             queued_shards=self._totals.queued_shards,
             queued_bytes=self._totals.queued_bytes,
@@ -147,6 +151,8 @@ class Repairer:
     def _note(self, sight: Sight) -> None:
         """What has changed since the last look, and what is to be asked anew because of it."""
         absences = judge_absences(sight.workers, after_s=self._config.after_s)
+        if bool(absences.waiting) != bool(self._absences.waiting):
+            self._waiting_since_s = self._clock.monotonic_s()
         if absences.waiting != self._absences.waiting:
             _log.info("repair_waits", reason=absences.waiting or "for nobody any more")
         self._absences = absences

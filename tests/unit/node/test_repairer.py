@@ -112,6 +112,29 @@ def test_a_wiped_card_under_its_old_identity_is_refilled(in_cluster: RunInCluste
     in_cluster(body)
 
 
+def test_a_wait_is_told_only_once_it_lasts(in_cluster: RunInCluster) -> None:
+    """A steward that has just started has not heard of anybody; nor has it lost anybody."""
+
+    async def body(cluster: LoopCluster) -> None:
+        cluster.store(PAIRS)
+        await cluster.run(20)
+        repairer = cluster.nodes["a"].repairer
+        cluster.kill("b")
+        cluster.kill("c")
+
+        def waits() -> bool:
+            return bool(repairer._absences.waiting)
+
+        await cluster.until(waits, 60)
+        view = repairer.view()
+        assert view is not None and view.waiting == ""
+        await cluster.run(limits.REPAIR_WAIT_SHOWN_S)
+        view = repairer.view()
+        assert view is not None and "of 4 workers are up" in view.waiting
+
+    in_cluster(body)
+
+
 def test_only_while_more_than_half_are_up(in_cluster: RunInCluster) -> None:
     async def body(cluster: LoopCluster) -> None:
         _, datas = cluster.store(PAIRS)
