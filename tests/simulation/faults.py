@@ -158,6 +158,7 @@ class Faults:
         shards = self.guarantees.media.good_shards(node)
         if not self.guarantees.may_damage(node, shards):
             return False
+        self.ledger.lost_at_s = self.world.now_s
         for shard in shards:
             self.ledger.damaged_at_s[shard] = self.world.now_s
         for key in [key for key in self.ledger.flipped if key[0] == node.name]:

@@ -50,6 +50,7 @@ class Ledger:
     # When we damaged a copy, by (node, shard); when reads of a node began to go wrong.
     flipped: dict[tuple[str, str], float] = field(default_factory=dict)
     misread_at_s: dict[str, float] = field(default_factory=dict)
+    lost_at_s: float = -1e9  # when we last destroyed a whole disk
     damaged_at_s: dict[str, float] = field(default_factory=dict)  # by shard
 
 
@@ -268,6 +269,8 @@ class Guarantees:
         """Whether a copy was damaged since its node last hashed it: that is found by the next
         scrub. One that was damaged before the node's start is never believed unhashed, unless
         the command saw it whole before."""
+        if self.ledger.lost_at_s >= since_s:
+            return True
         for node in self.cluster.workers:
             if self.ledger.misread_at_s.get(node.name, -1e9) > self.cluster.kernel.now_s - 300:
                 return True
