@@ -30,27 +30,42 @@ class Mutant:
         """Changes the product of this process, for good."""
         if self.also is not None:
             self.also.plant()
+        module, owner, name = self._place()
+        changed = self._source().replace(self.old, self.new)
+        found: dict[str, Any] = {}
+        exec(compile(_FUTURE + changed, f"<{self.name}>", "exec"), module.__dict__, found)
+        found[name].planted = changed
+        _replace(owner, name, found[name])
+
+    def check(self) -> None:
+        """Raises LookupError unless the mutant applies."""
+        if self.also is not None:
+            self.also.check()
+        self._source()
+
+    def _place(self) -> tuple[Any, Any, str]:
+        """The module, the function's owner, and the function's name."""
         module_name, _, path = self.function.partition(":")
         module = importlib.import_module(module_name)
         owner: Any = module
-        *parents, last = path.split(".")
+        *parents, name = path.split(".")
         for parent in parents:
             owner = getattr(owner, parent)
-        original = inspect.unwrap(inspect.getattr_static(owner, last))
-        if isinstance(original, staticmethod | classmethod):
-            original = original.__func__
+        return module, owner, name
+
+    def _source(self) -> str:
+        _, owner, name = self._place()
+        try:
+            original = inspect.unwrap(inspect.getattr_static(owner, name))
+        except AttributeError as error:
+            raise LookupError(f"mutant {self.name!r}: there is no {self.function}") from error
         source = getattr(original, "planted", None) or textwrap.dedent(inspect.getsource(original))
         if source.count(self.old) != 1:
             raise LookupError(
                 f"mutant {self.name!r}: {self.function} has {self.old!r} "
                 f"{source.count(self.old)} times"
             )
-        changed = source.replace(self.old, self.new)
-        code = compile(_FUTURE + changed, f"<{self.name}>", "exec")
-        found: dict[str, Any] = {}
-        exec(code, module.__dict__, found)
-        found[last].planted = changed
-        _replace(owner, last, found[last])
+        return str(source)
 
 
 def _replace(owner: Any, name: str, changed: Any) -> None:
@@ -102,9 +117,9 @@ MUTANTS: Final = (
     ),
     Mutant(
         "copies are confirmed that are not there",
-        "ckptd.node.records:Records.bitmap",
-        "shards.has(digest, size) for digest, size in references",
-        "True for digest, size in references",
+        "ckptd.node.records:Records.confirm",
+        "bitmaps.pack(self._shards.confirm(references))",
+        "bitmaps.pack([True] * len(references))",
     ),
     Mutant(
         "copies are confirmed before the manifest is stored",
@@ -147,12 +162,6 @@ MUTANTS: Final = (
         "ckptd.client.pull_threads:PullThreads._receive_all",
         "if digest.digest() != shard.digest:",
         "if False:",
-        also=Mutant(
-            "files neither",
-            "ckptd.client.file_check:FileCheck._advance",
-            "if digest.hexdigest() != file.sha256 and not self._ended:",
-            "if False:",
-        ),
     ),
     Mutant(
         "nobody looks whether the source held still",

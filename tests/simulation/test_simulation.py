@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tests.simulation.mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,3 +45,8 @@ def test_a_planted_fault_is_found(fault: str) -> None:
     found = simulate("--mutants", fault, "--seeds", "40", "--processes", "1")
     assert found.returncode == 0, found.stdout + found.stderr
     assert "caught by seed" in found.stdout
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
+def test_each_fault_can_still_be_planted(mutant: Mutant) -> None:
+    mutant.check()
