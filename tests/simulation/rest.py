@@ -33,8 +33,10 @@ class Rest:
         yield from self._wrong_answers(look)
         yield from self._missing_copies(look)
         yield from self._bad_copies()
-        yield from self._surplus_copies(look)
-        yield from self._garbage(look)
+        if not any(each["kind"] == "hologram" for each in self._media.documents.values()):
+            # Else nothing is removed: what cannot be read may name any shard.
+            yield from self._surplus_copies(look)
+            yield from self._garbage(look)
 
     def _live(self, look: Look) -> list[Version]:
         """What is on some medium now: a version that was never protected may be lost."""
@@ -99,8 +101,6 @@ class Rest:
         """What no live version needs goes after the grace. Versions that retention dropped may
         have to wait for others."""
         media = self._media
-        if any(document["kind"] == "hologram" for document in media.documents.values()):
-            return  # what cannot be read may name any shard
         kept = {shard for version in self._live(look) for shard in version.shards}
         for key, tombstones in media.tombstones.items():
             if key in media.versions and all(
