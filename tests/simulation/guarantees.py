@@ -309,7 +309,7 @@ class Guarantees:
         named = any(
             shard in version.shards
             for key, version in self.media.versions.items()
-            if key in known and not self.is_dead(key)
+            if key in known and known.isdisjoint(self.media.tombstones.get(key, ()))
         )
         if not named:
             self._check_collected(node, shard, known)
