@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import shutil
 import sys
@@ -11,8 +12,10 @@ from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
+from unittest import mock
 
 import yaml
+from cryptography import x509
 from tests.simulation import network as networks
 from tests.simulation import substitutes
 from tests.simulation.disk import STORE, SimulatedDisk
@@ -51,13 +54,15 @@ class Pki:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        init_cluster(directory, CLUSTER)
-        for name in WORKERS:
-            issue(directory, [Role.WORKER], name)
-        for name in COORDINATORS:
-            issue(directory, [Role.COORDINATOR], name)
-        issue(directory, [Role.WORKER], "mallory")
-        issue(directory, [Role.CLIENT, Role.ADMIN], "person")
+        # Who is forgotten is told by serial number: one that differs changes a seed's documents.
+        with mock.patch.object(x509, "random_serial_number", itertools.count(1).__next__):
+            init_cluster(directory, CLUSTER)
+            for name in WORKERS:
+                issue(directory, [Role.WORKER], name)
+            for name in COORDINATORS:
+                issue(directory, [Role.COORDINATOR], name)
+            issue(directory, [Role.WORKER], "mallory")
+            issue(directory, [Role.CLIENT, Role.ADMIN], "person")
 
     def signer(self, name: str) -> Signer:
         at = self.directory
