@@ -310,7 +310,9 @@ class Peers:
             self._metrics.clock_skew(node, status.clock_ms / 1000 - time.time())
             if Role.WORKER in client.identity.roles:
                 try:
-                    if await self._sync(client, status.documents_digest):
+                    complete = await self._sync(client, status.documents_digest)
+                    # A node whose disk has failed takes nothing in: what it knows is of that day.
+                    if complete and status.state != "failed":
                         self._known_until_s[node] = asked_s
                 except PeerError:
                     raise
