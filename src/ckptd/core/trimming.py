@@ -2,8 +2,9 @@
 
 A node that was away comes back with copies that were made anew meanwhile. One of each is too much,
 but two nodes that both drop theirs because the other has one would lose the shard. So the holder
-asks the others to keep theirs, and drops only once the wanted number of them has promised. Three
-rules make that safe whatever is delayed, repeated or restarted:
+asks the others to keep theirs, and drops only once the wanted number of them has promised, and
+proved that they have the bytes. Three rules make that safe whatever is delayed, repeated or
+restarted:
 
 - a node that asks about a shard gives no promise for it meanwhile;
 - what is promised is not dropped, and a promise lasts longer than whoever asked may act on it;
@@ -12,6 +13,7 @@ rules make that safe whatever is delayed, repeated or restarted:
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Mapping
 from typing import Final
 
@@ -23,6 +25,15 @@ from ckptd.core.workers import Worker
 
 ACT_WITHIN: Final = 0.5
 """The part of a promise's time within which whoever asked for it may act on it."""
+
+
+def proof_of_possession(salted: bytes, node: str) -> bytes:
+    """What the node `node` answers to prove that it has a shard: SHA-256 over `salted` and its id.
+
+    `salted` is the SHA-256 over the asker's nonce and the shard's bytes. Who has not the bytes
+    cannot know it, and what another node answers proves nothing for this one.
+    """
+    return hashlib.sha256(salted + node.encode()).digest()
 
 
 class Promises:

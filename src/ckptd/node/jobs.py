@@ -218,7 +218,10 @@ class Jobs:
         )
 
     def _view(self, supervised: _Supervised) -> messages.JobView:
-        progress = supervised.job.progress()
+        try:
+            progress = supervised.job.progress()
+        except CkptdError as error:  # a node must be able to say that its disk has failed
+            progress = JobProgress(last_error=error.message)
         return messages.JobView(
             name=supervised.job.name,
             state=self._state(supervised).value,

@@ -156,14 +156,13 @@ class Requests:
     async def _have(
         self, shards: ShardStore, request: messages.Have, _: Payload, __: Progress
     ) -> Answer:
-        now = shards.now()
-
         def look() -> messages.HaveReply:
+            now = shards.now()
             held, ages = [], []
             for shard in request.shards:
                 here = shards.has(shard)
                 if here and request.touch:
-                    here = shards.touch(shard, now)
+                    here = shards.touch(shard)
                 held.append(here)
                 verified_at = shards.verified_at(shard) if here else None
                 ages.append(-1.0 if verified_at is None else max(0.0, now - verified_at))

@@ -3,24 +3,26 @@
 The steward hints which copies are too many; nothing is believed of that. Before a copy goes, this
 node reads its own live manifests to learn which versions name the shard and how many copies each
 wants, and for each of them that many other workers, which take copies and have the manifest, must
-promise to keep theirs. The rules of promises are in `ckptd.core.trimming`; why all this holds,
-whatever is delayed or restarted, in docs/decisions/trimming.md.
+promise to keep theirs, and prove that they have the bytes. The rules of promises are in
+`ckptd.core.trimming`; why all this holds, whatever is delayed or restarted, in
+docs/decisions/trimming.md.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
+import secrets
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import structlog
 
-from ckptd.core import bitmaps, limits
+from ckptd.core import limits
 from ckptd.core.headers import VersionHeader
 from ckptd.core.steward import Standings
-from ckptd.core.trimming import Claim, Promises, is_surplus
+from ckptd.core.trimming import Claim, Promises, is_surplus, proof_of_possession
 from ckptd.errors import CkptdError, NotFound, PeerError, Refused
 from ckptd.net.control_connection import Answer, Payload, Progress
 from ckptd.node.copier import while_telling
@@ -63,9 +65,8 @@ class _Since(NamedTuple):
 class Trimmer:
     """As `ckptd.node.jobs.Job`, and answers Promise and Surplus.
 
-    `copies` is the cluster's setting; `fresh_s` how long a check of a copy is worth something
-    (`scrub.interval`), after that it is hashed anew before it is promised; `promise_s` is how long
-    promises last (`repair.promise`). `suspect` re-reads a copy; `wake` lets the next slice begin.
+    `copies` is the cluster's setting; `promise_s` is how long promises last (`repair.promise`).
+    `suspect` re-reads a copy that was found bad; `wake` lets the next slice begin.
     """
 
     name = "trim"
@@ -81,7 +82,6 @@ class Trimmer:
         suspect: Callable[[bytes], Awaitable[VerifyResult]],
         copies: int,
         promise_s: float,
-        fresh_s: float,
         on_disk: OnDisk,
         clock: Clock,
         rng: random.Random,
@@ -93,12 +93,12 @@ class Trimmer:
         self._standings = standings
         self._suspect = suspect
         self._copies = copies
-        self._fresh_s = fresh_s
         self._on_disk = on_disk
         self._clock = clock
         self._rng = rng
         self._promises = Promises(lasts_s=promise_s, started_s=clock.monotonic_s())
-        self._noted: dict[bytes, None] = {}
+        self._noted: dict[bytes, int] = {}  # with the size in bytes
+        self._proving = asyncio.Lock()  # one question at a time makes the disk busy
         self._dropped_bytes = 0
         self.wake: Callable[[], None] = lambda: None
         self.handlers: Mapping[type[Message], Answerer] = {
@@ -108,7 +108,7 @@ class Trimmer:
 
     def progress(self) -> JobProgress:
         """As `Job.progress`."""
-        left = sum(self._shards.size(shard) or 0 for shard in list(self._noted))
+        left = sum(self._noted.values())
         return JobProgress(self._dropped_bytes, self._dropped_bytes + left)
 
     # -- questions of others
@@ -116,13 +116,18 @@ class Trimmer:
     async def _surplus(self, request: messages.Surplus, _: Payload, __: Progress) -> Answer:
         noted = 0
         for shard in request.shards:
-            known = shard in self._noted
-            if known or (len(self._noted) < limits.SURPLUS_NOTED_MAX and self._shards.has(shard)):
-                self._noted[shard] = None
+            if shard in self._noted or self._note(shard):
                 noted += 1
         if noted:
             self.wake()
         return messages.SurplusReply(noted), b""
+
+    def _note(self, shard: bytes) -> bool:
+        size = self._shards.size(shard)
+        if size is None or len(self._noted) >= limits.SURPLUS_NOTED_MAX:
+            return False
+        self._noted[shard] = size
+        return True
 
     async def _promise(self, request: messages.Promise, _: Payload, progress: Progress) -> Answer:
         own = self._standings().get(self._node_id)
@@ -136,26 +141,34 @@ class Trimmer:
             raise NotFound(f"{self._node_id} has no manifest of a live version {version}")
         wanted = frozenset(request.shards)
         sizes = {shard: size for shard, size in references if shard in wanted}
-        kept = []
-        for shard in request.shards:
-            size = sizes.get(shard)
-            kept.append(size is not None and await self._keep(shard, size, request, progress))
-        return messages.PromiseReply(bitmaps.pack(kept)), b""
+        proofs = await while_telling(self._prove(request, sizes), progress)
+        return messages.PromiseReply(tuple(proofs)), b""
 
-    async def _keep(
-        self, shard: bytes, size: int, request: messages.Promise, progress: Progress
-    ) -> bool:
+    async def _prove(self, request: messages.Promise, sizes: Mapping[bytes, int]) -> list[bytes]:
+        async with self._proving:
+            return [
+                await self._keep(shard, size, request) if (size := sizes.get(shard)) else b""
+                for shard in request.shards
+            ]
+
+    async def _keep(self, shard: bytes, size: int, request: messages.Promise) -> bytes:
+        """Promises one copy; the proof that it is here, or empty."""
         if not self._shards.has(shard, size):
-            return False
-        verified_at = self._shards.verified_at(shard)
-        if verified_at is None or self._shards.now() - verified_at > self._fresh_s:
-            checking = self._suspect(shard)
-            if await while_telling(checking, progress) is not VerifyResult.OK:
-                return False
+            return b""
+        salted = await self._read(shard, request.nonce)
+        if not salted or not self._promises.give(shard, request.seconds, self._clock.monotonic_s()):
+            return b""
         # Looked at once more: this node may have dropped its copy meanwhile.
-        now_s = self._clock.monotonic_s()
-        promised = self._promises.give(shard, request.seconds, now_s)
-        return promised and self._shards.has(shard, size)
+        if not self._shards.has(shard, size):
+            return b""
+        return proof_of_possession(salted, self._node_id)
+
+    async def _read(self, shard: bytes, nonce: bytes) -> bytes:
+        """The SHA-256 over the nonce and the bytes of the copy here; empty without a good copy."""
+        look = await self._on_disk(partial(self._shards.look, shard, salt=nonce))
+        if look.result is VerifyResult.CORRUPT:
+            await self._suspect(shard)
+        return look.salted
 
     # -- the job
 
@@ -166,25 +179,39 @@ class Trimmer:
             return wait_s
         if not self._noted:
             return limits.REPAIR_LOOK_S
-        some = list(self._noted)[: limits.SURPLUS_PER_SLICE]
-        for shard in some:
-            del self._noted[shard]
-        if await self._trim(some):
+        if await self._trim(self._take_noted()):
             return 0.0
         # Somebody else may ask about the same shards at the same time.
         return limits.REPAIR_LOOK_S * self._rng.uniform(0.5, 1.5)
 
-    async def _trim(self, shards: Collection[bytes]) -> int:
+    def _take_noted(self) -> dict[bytes, int]:
+        """The noted shards of one slice, and their sizes in bytes."""
+        some: dict[bytes, int] = {}
+        total_bytes = 0
+        for shard, size in self._noted.items():
+            total_bytes += size
+            if some and total_bytes > limits.SURPLUS_PER_SLICE_BYTES:
+                break
+            some[shard] = size
+            if len(some) == limits.SHARDS_PER_PROMISE_MAX:
+                break
+        for shard in some:
+            del self._noted[shard]
+        return some
+
+    async def _trim(self, shards: Mapping[bytes, int]) -> int:
         """Drops those of the shards that it may drop; how many that are."""
         now_s = self._clock.monotonic_s()
         since = _Since(now_s, self._clock.wall_s(), self._shards.now())
         asked = [shard for shard in shards if self._promises.begin(shard, now_s)]
-        for shard in shards:
+        for shard, size in shards.items():
             if self._promises.promised(shard, now_s):
-                self._noted[shard] = None  # its turn comes when the promise is over
+                self._noted[shard] = size  # its turn comes when the promise is over
         try:
+            nonce = secrets.token_bytes(32)
+            salted = {shard: await self._read(shard, nonce) for shard in asked}
             naming = await self._on_disk(partial(self._namings, frozenset(asked)))
-            claims = await self._claims(naming)
+            claims = await self._claims(naming, nonce, salted)
             surplus = [shard for shard in asked if self._is_surplus(claims.get(shard, ()))]
             dropped_bytes = 0
             count = 0
@@ -222,8 +249,11 @@ class Trimmer:
         named = tuple(shard for shard, _ in references if shard in shards)
         return _Naming(header.id, max(self._copies, header.copies), named)
 
-    async def _claims(self, naming: Iterable[_Naming]) -> dict[bytes, list[Claim]]:
-        """For each shard what its versions want, and who promised to keep it."""
+    async def _claims(
+        self, naming: Iterable[_Naming], nonce: bytes, salted: Mapping[bytes, bytes]
+    ) -> dict[bytes, list[Claim]]:
+        """For each shard what its versions want, and who promised to keep it and proved that it
+        has it. `salted` is what this node read of its own copies with the nonce."""
         others = [
             node
             for node, standing in self._standings().items()
@@ -231,24 +261,31 @@ class Trimmer:
         ]
         claims: dict[bytes, list[Claim]] = {}
         for version, copies, shards in naming:
-            answers = await asyncio.gather(*(self._ask(node, version, shards) for node in others))
+            questions = (self._ask(node, version, shards, nonce) for node in others)
+            answers = await asyncio.gather(*questions)
             for index, shard in enumerate(shards):
                 promised_by = frozenset(
-                    node for node, kept in zip(others, answers, strict=True) if kept[index]
+                    node
+                    for node, proofs in zip(others, answers, strict=True)
+                    if _is_proved(proofs[index], salted[shard], node)
                 )
                 claims.setdefault(shard, []).append(Claim(copies, promised_by))
         return claims
 
-    async def _ask(self, node: str, version: str, shards: tuple[bytes, ...]) -> list[bool]:
-        question = messages.Promise(bytes.fromhex(version), shards, self._promises.lasts_s)
+    async def _ask(
+        self, node: str, version: str, shards: tuple[bytes, ...], nonce: bytes
+    ) -> Sequence[bytes]:
+        """The proofs of one node, one for each shard."""
+        nothing = (b"",) * len(shards)
+        question = messages.Promise(bytes.fromhex(version), shards, self._promises.lasts_s, nonce)
         try:
             reply, _ = await self._network.request(
                 node, question, messages.PromiseReply, timeout_s=limits.REQUEST_TIMEOUT_S
             )
         except PeerError as error:
             _log.debug("no_promise", node=node, reason=error.message)
-            return [False] * len(shards)
-        return list(bitmaps.unpack(reply.kept, len(shards)))
+            return nothing
+        return reply.proofs if len(reply.proofs) == len(shards) else nothing
 
     def _is_surplus(self, claims: Collection[Claim]) -> bool:
         machines = {
@@ -271,3 +308,8 @@ class Trimmer:
         except CkptdError as error:
             _log.warning("copy_not_trimmed", shard=shard.hex(), reason=error.message)
             return 0
+
+
+def _is_proved(proof: bytes, salted: bytes, node: str) -> bool:
+    """Whether a node has shown that it has the same bytes as this one, which has a good copy."""
+    return bool(salted) and proof == proof_of_possession(salted, node)

@@ -105,7 +105,6 @@ class Upkeep:
             suspect=suspect,
             copies=config.replication.copies,
             promise_s=config.repair.promise_s,
-            fresh_s=config.scrub.interval_s,
             on_disk=on_disk,
             clock=clock,
             rng=random.Random(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ckptd.core import limits
@@ -22,17 +23,22 @@ class VerifyResult(enum.StrEnum):
 
 
 class Look(NamedTuple):
-    """What one reading of a file has shown, and of which file. `read_bytes`: how many were read."""
+    """What one reading of a file has shown, and of which file. `read_bytes`: how many were read.
+    `salted`: the SHA-256 of the salt that was asked for and what was read; empty without one."""
 
     result: VerifyResult
     identity: FileIdentity | None = None
     read_bytes: int = 0
+    salted: bytes = b""
 
 
-def read_copy(filesystem: FileSystem, medium: Medium, path: str, digest: bytes) -> Look:
+def read_copy(
+    filesystem: FileSystem, medium: Medium, path: str, digest: bytes, *, salt: bytes = b""
+) -> Look:
     """Reads the file at `path` past the page cache and compares its SHA-256 with `digest`.
 
-    An I/O error is UNREADABLE, and sets the medium's failed state when the disk is to blame.
+    With a `salt` the same bytes are hashed a second time, behind it. An I/O error is UNREADABLE,
+    and sets the medium's failed state when the disk is to blame.
     """
     try:
         descriptor = filesystem.open(path, os.O_RDONLY)
@@ -41,7 +47,8 @@ def read_copy(filesystem: FileSystem, medium: Medium, path: str, digest: bytes) 
             if identity.size_bytes > limits.SHARD_SIZE_MAX_BYTES:
                 return Look(VerifyResult.CORRUPT, identity)
             filesystem.drop_cache(descriptor)
-            found, read_bytes = _hash_file(filesystem, descriptor, identity.size_bytes)
+            hashes = [hashlib.sha256()] + ([hashlib.sha256(salt)] if salt else [])
+            read_bytes = _hash_file(filesystem, descriptor, identity.size_bytes, hashes)
             # What nobody else reads shall not push out what others do.
             filesystem.drop_cache(descriptor)
         finally:
@@ -51,17 +58,20 @@ def read_copy(filesystem: FileSystem, medium: Medium, path: str, digest: bytes) 
     except OSError as error:
         medium.translate(f"verify shard {digest.hex()}", error)
         return Look(VerifyResult.UNREADABLE)
-    result = VerifyResult.OK if found == digest else VerifyResult.CORRUPT
-    return Look(result, identity, read_bytes)
+    if hashes[0].digest() != digest:
+        return Look(VerifyResult.CORRUPT, identity, read_bytes)
+    return Look(VerifyResult.OK, identity, read_bytes, hashes[1].digest() if salt else b"")
 
 
-def _hash_file(filesystem: FileSystem, descriptor: int, size_bytes: int) -> tuple[bytes, int]:
+def _hash_file(
+    filesystem: FileSystem, descriptor: int, size_bytes: int, hashes: Sequence[hashlib._Hash]
+) -> int:
     # One byte at least: a read into nothing would look like the end of the file.
     piece_bytes = max(1, min(size_bytes, limits.STORE_READ_PIECE_BYTES))
     buffer = memoryview(bytearray(piece_bytes))
-    hashed = hashlib.sha256()
     offset = 0
     while count := filesystem.pread_into(descriptor, buffer, offset):
-        hashed.update(buffer[:count])
+        for hashed in hashes:
+            hashed.update(buffer[:count])
         offset += count
-    return hashed.digest(), offset
+    return offset

@@ -169,11 +169,12 @@ class ShardIndex:
         return bucket.age_s(position, now, wall_s)
 
     def touch(self, digest: bytes, now: float) -> bool:
-        """Record that a store wants the shard; False when it is not here."""
+        """Record that a store wants the shard; False when it is not here. An earlier time than the
+        recorded one changes nothing: two stores may want it at once."""
         bucket = self._buckets[digest[0]]
         position, found = bucket.find(digest)
         if found:
-            bucket.touched_at[position] = now
+            bucket.touched_at[position] = max(bucket.touched_at[position], now)
         return found
 
     def bucket_digests(self, first_byte: int) -> list[bytes]:

@@ -170,18 +170,18 @@ class ShardStore:
         """The time by the clock of `verified_at` and `touched_at`."""
         return self._clock()
 
-    def touch(self, digest: bytes, now: float) -> bool:
-        """Record that a store wants this shard (`now` by the same clock); False: not here."""
+    def touch(self, digest: bytes) -> bool:
+        """Record that a store wants this shard now; False: not here."""
         self._medium.require()
         with self._lock:
-            return self._index.touch(digest, now)
+            return self._index.touch(digest, self._clock())
 
     def confirm(self, shards: Iterable[tuple[bytes, int]]) -> list[bool]:
         """Which of these shards (digest, size in bytes) are here. Those are touched in the same
         moment: what is confirmed to somebody is not collected before another grace is over."""
         self._medium.require()
-        now = self._clock()
         with self._lock:
+            now = self._clock()
             return [
                 self._index.size(digest) == size and self._index.touch(digest, now)
                 for digest, size in shards
@@ -327,8 +327,8 @@ class ShardStore:
             self._committing[digest] += 1
         try:
             yield
-            now = self._clock()
             with self._lock:
+                now = self._clock()
                 self._index.set(digest, size, verified_at=now, touched_at=now)
         finally:
             with self._changed:
@@ -368,10 +368,11 @@ class ShardStore:
                 return result
         return VerifyResult.UNREADABLE
 
-    def look(self, digest: bytes) -> Look:
-        """Read the copy once. A bad one is CORRUPT and stays where it is, but counts as unchecked
-        until a reading was good: `look_again` decides. Blocks; raises `MediumFailed`."""
-        look = self._read(digest)
+    def look(self, digest: bytes, *, salt: bytes = b"") -> Look:
+        """Read the copy once, and hash it behind `salt`, too, if there is one. A bad one is CORRUPT
+        and stays where it is, but counts as unchecked until a reading was good: `look_again`
+        decides. Blocks; raises `MediumFailed`."""
+        look = self._read(digest, salt)
         if look.result is VerifyResult.CORRUPT:
             with self._lock:
                 self._index.set_unverified(digest)
@@ -396,10 +397,11 @@ class ShardStore:
             return None
         return VerifyResult.CORRUPT if self._quarantine(digest, look.identity) else None
 
-    def _read(self, digest: bytes) -> Look:
+    def _read(self, digest: bytes, salt: bytes = b"") -> Look:
         if not self.has(digest):
             return Look(VerifyResult.MISSING)
-        look = read_copy(self._filesystem, self._medium, self._shard_path(digest), digest)
+        path = self._shard_path(digest)
+        look = read_copy(self._filesystem, self._medium, path, digest, salt=salt)
         with self._lock:
             self._counters.bytes_verified += look.read_bytes
         return look

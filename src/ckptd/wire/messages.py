@@ -369,17 +369,23 @@ class CopyShards(Message, frozen=True):
 
 
 class Promise(Message, frozen=True):
-    """Promise to keep your copies of these shards of a version for `seconds`: I have too many."""
+    """Promise to keep your copies of these shards of a version for `seconds`, and prove with
+    `nonce` that you have them: I have too many."""
 
     version: Digest
-    shards: Digests
+    shards: Annotated[tuple[Digest, ...], Meta(max_length=limits.SHARDS_PER_PROMISE_MAX)]
     seconds: Seconds
+    nonce: Digest
 
 
 class PromiseReply(Message, frozen=True):
-    """Bit i (of byte i // 8, least significant first): shard i is here, good, and will be kept."""
+    """For each shard the proof (`ckptd.core.trimming.proof_of_possession`) that it is here, good,
+    and will be kept; empty for one that is not."""
 
-    kept: Annotated[bytes, Meta(max_length=limits.SHARDS_PER_MESSAGE_MAX // 8)]
+    proofs: Annotated[
+        tuple[Annotated[bytes, Meta(max_length=32)], ...],
+        Meta(max_length=limits.SHARDS_PER_PROMISE_MAX),
+    ]
 
 
 class Surplus(Message, frozen=True):

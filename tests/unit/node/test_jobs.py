@@ -40,10 +40,13 @@ class Sample:
         self.errors: list[Exception] = []
         self.began_s: list[float] = []
         self.own_error = ""
+        self.disk_failed = False
         self.ended = 0
         self._changed = asyncio.Condition()
 
     def progress(self) -> JobProgress:
+        if self.disk_failed:
+            raise MediumFailed("the disk was pulled out")
         return JobProgress(len(self.began_s), 100, self.own_error)
 
     async def nth_slice(self, number: int) -> None:
@@ -200,6 +203,14 @@ def test_what_a_job_says_itself_is_shown_and_long_texts_are_cut() -> None:
     (view,) = supervised.jobs.views()
     assert view.last_error == "e" * limits.JOB_ERROR_TEXT_MAX
     assert (view.name, view.done_bytes, view.total_bytes) == ("scrub", 0, 100)
+
+
+def test_a_job_that_cannot_say_how_far_it_is_says_why() -> None:
+    """A node must be able to answer how it is, above all when its disk has failed."""
+    job = Sample()
+    job.disk_failed = True
+    (view,) = Supervised(job).jobs.views()
+    assert "pulled out" in view.last_error
 
 
 def test_a_paused_job_rests_until_it_is_resumed_and_wakes_do_not_move_it() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Callable
 
 import pytest
 from tests.unit.node.loop_cluster import LoopCluster, LoopNode, RunInCluster
 
-from ckptd.core import bitmaps, limits
+from ckptd.core import limits
+from ckptd.core.trimming import proof_of_possession
 from ckptd.errors import NotFound, PeerRefused, StoreOperationFailed
+from ckptd.node.jobs import JobProgress
 from ckptd.wire import messages
 
 PROMISE_S = 30.0
@@ -31,13 +34,16 @@ async def hint(cluster: LoopCluster, node: str, version: str, datas: list[bytes]
 async def ask(
     cluster: LoopCluster, node: str, version: str, datas: list[bytes], seconds: float = PROMISE_S
 ) -> list[bool]:
+    nonce = os.urandom(32)
     question = messages.Promise(
-        bytes.fromhex(version), tuple(digest(data) for data in datas), seconds
+        bytes.fromhex(version), tuple(digest(data) for data in datas), seconds, nonce
     )
     reply, _ = await cluster.nodes["a"].network.request(
         node, question, messages.PromiseReply, timeout_s=1
     )
-    return list(bitmaps.unpack(reply.kept, len(datas)))
+    for proof, data in zip(reply.proofs, datas, strict=True):
+        assert proof in (b"", proof_of_possession(digest(nonce + data), node))
+    return [bool(proof) for proof in reply.proofs]
 
 
 async def trim(node: LoopNode) -> None:
@@ -200,7 +206,7 @@ def test_what_a_store_wants_meanwhile_stays(in_cluster: RunInCluster) -> None:
         version, datas = cluster.store(["abc", "abc"])
         await asyncio.sleep(PROMISE_S)
         node = cluster.nodes["a"]
-        between(cluster, lambda: node.shards.touch(digest(datas[1]), node.shards.now()))
+        between(cluster, lambda: node.shards.touch(digest(datas[1])))
         await hint(cluster, "a", version, datas)
         await trim(node)
         assert [cluster.holders(data) for data in datas] == ["bc", "abc"]
@@ -259,19 +265,103 @@ def test_no_promise_for_a_longer_time_than_a_restart_keeps_it(in_cluster: RunInC
     in_cluster(body)
 
 
-def test_a_copy_that_was_not_read_for_long_is_read_before_it_is_promised(
-    in_cluster: RunInCluster, no_pause: None
-) -> None:
+def test_a_copy_is_read_before_it_is_promised(in_cluster: RunInCluster, no_pause: None) -> None:
     async def body(cluster: LoopCluster) -> None:
-        version, datas = cluster.store(["abc", "abc", "abc"])
+        version, datas = cluster.store(["abc", "abc"])
         node = cluster.nodes["b"]
         node.rot(datas[0])
-        assert await ask(cluster, "b", version, datas[:1]) == [True]  # just hashed, it says
-        await asyncio.sleep(86_401)
-        assert await ask(cluster, "b", version, datas[:2]) == [False, True]
-        node.rot(datas[2])
-        node.restart()
-        assert await ask(cluster, "b", version, datas[2:]) == [False]
+        assert await ask(cluster, "b", version, datas) == [False, True]
+        assert len(node.shards.quarantined()) == 1
+
+    in_cluster(body)
+
+
+def test_who_has_a_bad_copy_itself_drops_none(in_cluster: RunInCluster, no_pause: None) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc", "abc"])
+        await asyncio.sleep(PROMISE_S)
+        node = cluster.nodes["a"]
+        node.rot(datas[0])
+        await hint(cluster, "a", version, datas)
+        await trim(node)
+        assert cluster.holders(datas[1]) == "bc"
+        assert len(node.shards.quarantined()) == 1  # not as good as nothing: set aside, and healed
+        assert node.trimmer.progress().done_bytes == 64
+
+    in_cluster(body)
+
+
+def answering(
+    cluster: LoopCluster, liar: str, answer: Callable[[messages.Promise], tuple[bytes, ...]]
+) -> None:
+    """Lets a node answer every Promise with something else."""
+
+    async def promise(request: messages.Promise, *_: object) -> tuple[messages.Message, bytes]:
+        return messages.PromiseReply(answer(request)), b""
+
+    handlers = cluster.nodes[liar].requests._handlers
+    handlers[messages.Promise] = promise  # type: ignore[assignment]
+
+
+def test_a_promise_without_the_bytes_is_worth_nothing(in_cluster: RunInCluster) -> None:
+    """What a stolen worker could say: that it has what it has not."""
+
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc", "ab"])
+        await asyncio.sleep(PROMISE_S)
+
+        def invented(request: messages.Promise) -> tuple[bytes, ...]:
+            return tuple(proof_of_possession(shard, "c") for shard in request.shards)
+
+        def as_another_one(request: messages.Promise) -> tuple[bytes, ...]:
+            salted = [digest(request.nonce + data) for data in datas]
+            return tuple(proof_of_possession(each, "b") for each in salted)
+
+        def of_another_nonce(request: messages.Promise) -> tuple[bytes, ...]:
+            salted = [digest(bytes(32) + data) for data in datas]
+            return tuple(proof_of_possession(each, "c") for each in salted)
+
+        def too_few(request: messages.Promise) -> tuple[bytes, ...]:
+            return (proof_of_possession(digest(request.nonce + datas[0]), "c"),)
+
+        def empty(request: messages.Promise) -> tuple[bytes, ...]:
+            return (b"",) * len(request.shards)
+
+        for lie in (invented, as_another_one, of_another_nonce, too_few, empty):
+            answering(cluster, "c", lie)
+            await hint(cluster, "a", version, datas)
+            await trim(cluster.nodes["a"])
+            assert [cluster.holders(data) for data in datas] == ["abc", "ab"], lie.__name__
+
+    in_cluster(body)
+
+
+def test_a_slice_is_bounded_by_what_is_read_for_it(
+    in_cluster: RunInCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"] * 5)
+        await asyncio.sleep(PROMISE_S)
+        await hint(cluster, "a", version, datas)
+        left = []
+        for _ in range(3):
+            await trim(cluster.nodes["a"])
+            left.append(sum("a" in cluster.holders(data) for data in datas))
+        assert left == [3, 1, 0]
+
+    monkeypatch.setattr(limits, "SURPLUS_PER_SLICE_BYTES", 2 * 64)
+    in_cluster(body)
+
+
+def test_what_is_noted_is_told_without_the_disk(in_cluster: RunInCluster) -> None:
+    """A node whose disk has failed must be able to say so."""
+
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc", "abc"])
+        await hint(cluster, "a", version, datas)
+        node = cluster.nodes["a"]
+        node.shards._medium.fail("pulled out")
+        assert node.trimmer.progress() == JobProgress(0, 2 * 64)
 
     in_cluster(body)
 

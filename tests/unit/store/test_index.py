@@ -17,23 +17,26 @@ digests = st.builds(
     st.sampled_from([0, 1, 255]),
     st.integers(0, 9),
 )
-steps = st.lists(st.tuples(st.sampled_from(["set", "remove", "touch", "verified"]), digests))
+steps = st.lists(
+    st.tuples(st.sampled_from(["set", "remove", "touch", "verified"]), digests, st.integers(0, 9))
+)
 
 
 @given(steps)
-def test_it_answers_like_a_dictionary(done: list[tuple[str, bytes]]) -> None:
+def test_it_answers_like_a_dictionary(done: list[tuple[str, bytes, int]]) -> None:
     index = ShardIndex()
     model: dict[bytes, list[float]] = {}
-    for number, (step, digest) in enumerate(done):
+    for number, (step, digest, before) in enumerate(done):
         if step == "set":
             index.set(digest, number, verified_at=NEVER, touched_at=number)
             model[digest] = [number, NEVER, number]
         elif step == "remove":
             assert index.remove(digest) == (model.pop(digest, None) is not None)
         elif step == "touch":
-            assert index.touch(digest, number) == (digest in model)
+            at = number - before
+            assert index.touch(digest, at) == (digest in model)
             if digest in model:
-                model[digest][2] = number
+                model[digest][2] = max(model[digest][2], at)
         else:
             index.set_verified(digest, number, number)
             if digest in model:
@@ -42,7 +45,7 @@ def test_it_answers_like_a_dictionary(done: list[tuple[str, bytes]]) -> None:
     assert index.total_bytes == sum(size for size, _, _ in model.values())
     found = [each for first in range(256) for each in index.bucket_digests(first)]
     assert found == sorted(model)
-    for _, digest in done:
+    for _, digest, _ in done:
         size, verified, touched = model.get(digest, (None, NEVER, None))
         assert index.size(digest) == size and index.touched_at(digest) == touched
         assert index.verified_at(digest) == (None if verified == NEVER else verified)

@@ -69,12 +69,37 @@ def test_has_asks_for_the_right_size(store: ShardStore) -> None:
     assert list(store.digests()) == [digest] and len(store) == 1
 
 
+def test_the_time_of_a_touch_is_read_where_it_is_recorded(directory: StoreDirectory) -> None:
+    """Read before the lock, it could be recorded after a later one, and a collection that ran in
+    between would have been told an age that is too great."""
+    held = []
+
+    def clock() -> float:
+        def is_locked() -> bool:
+            free = store._lock.acquire(blocking=False)
+            if free:
+                store._lock.release()
+            return not free
+
+        with ThreadPoolExecutor(1) as other:
+            held.append(other.submit(is_locked).result())
+        return 1000.0
+
+    store = ShardStore(directory, reserve=0, clock=lambda: 1000.0)
+    store._clock = clock
+    put_shard(store, FIRST)
+    store.touch(digest_of(FIRST))
+    store.confirm([(digest_of(FIRST), len(FIRST))])
+    assert held == [True, True, True]
+
+
 def test_times_of_hash_and_touch(store: ShardStore, directory: StoreDirectory) -> None:
     put_shard(store, FIRST)
     digest = digest_of(FIRST)
     assert store.verified_at(digest) == 1000.0 and store.touched_at(digest) == 1000.0
-    assert store.touch(digest, 1234.0) and store.touched_at(digest) == 1234.0
-    assert not store.touch(digest_of(SAME_DIRECTORY), 1234.0)
+    store._clock = lambda: 1234.0
+    assert store.touch(digest) and store.touched_at(digest) == 1234.0
+    assert not store.touch(digest_of(SAME_DIRECTORY))
     again = ShardStore(directory, reserve=0, clock=lambda: 2000.0)
     assert again.verified_at(digest) is None and again.touched_at(digest) == 2000.0
     assert again.verify(digest, pause_s=0) == "ok"
