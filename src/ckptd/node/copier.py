@@ -2,8 +2,9 @@
 
 The steward may be wrong, or a stolen worker. So the holder decides by itself: a live manifest that
 it holds must name the shard, the target must be a remembered worker that takes copies, and the copy
-must be good. One that was not hashed since the start is hashed first, so that a copy that rotted
-while the node was off is not spread.
+must be good. Neither a target that takes its bytes slowly nor a low rate in a request keeps it from
+sending to others. One that was not hashed since the start is hashed first, so that a copy that
+rotted while the node was off is not spread.
 """
 
 from __future__ import annotations
@@ -70,31 +71,38 @@ class Copier:
         self._rate_bytes_per_s = rate_bytes_per_s
         self._on_disk = on_disk
         self._clock = clock
-        self._at_work = False
+        self._targets: set[str] = set()
         self.handlers: Mapping[type[Message], Answerer] = {messages.CopyShards: self._copy_shards}
 
     async def _copy_shards(
         self, request: messages.CopyShards, _: Payload, progress: Progress
     ) -> Answer:
-        if self._at_work:  # the rate is for all that this node sends by itself
+        self._check_target(request.target)
+        if request.target in self._targets or len(self._targets) >= limits.BULK_PUSH_SLOTS:
             raise PeerBusy(self._node_id, "sends copies because of another request")
-        self._at_work = True
+        self._targets.add(request.target)
         try:
             return await self._answer(request, progress), b""
         finally:
-            self._at_work = False
+            self._targets.remove(request.target)
+
+    def _rate(self, asked_bytes_per_s: float) -> float:
+        """What is sent of one copy. All that this node sends by itself stays within its own rate;
+        whoever asks may ask for less, as one that divides it among all nodes would."""
+        own = self._rate_bytes_per_s / len(self._targets)
+        least = self._rate_bytes_per_s / limits.CLUSTER_NODES_MAX
+        return min(own, max(asked_bytes_per_s or own, least))
 
     async def _answer(
         self, request: messages.CopyShards, progress: Progress
     ) -> messages.CopyShardsReply:
-        self._check_target(request.target)
         sizes = await self._named(request.version.hex(), frozenset(request.shards))
-        rate = min(self._rate_bytes_per_s, request.rate_bytes_per_s or self._rate_bytes_per_s)
         until_s = self._clock.monotonic_s() + limits.COPY_SLICE_S
         reports: list[CopyReport] = []
         for shard in request.shards:
             if reports and self._clock.monotonic_s() >= until_s:
                 break
+            rate = self._rate(request.rate_bytes_per_s)
             sending = self._copy(shard, sizes.get(shard), request.target, rate)
             reports.append(await while_telling(sending, progress))
         return messages.CopyShardsReply(tuple(reports))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from ckptd.core import limits
 from ckptd.errors import NotFound, PeerBusy, PeerError, PeerUnreachable
-from ckptd.net.bulk import BulkConnector
+from ckptd.net.bulk import BulkConnector, ShardSource
 from ckptd.net.control import ControlClient
 from ckptd.node.members import Members
 from ckptd.node.push import PacedSource, send_copy
@@ -40,9 +41,11 @@ class NodeNetwork:
         self._store = store
         self._traffic = traffic
         self._pushing = ThreadPoolExecutor(limits.BULK_PUSH_SLOTS, thread_name_prefix="push")
+        self._stopping = threading.Event()
 
     def close(self) -> None:
-        """Waits for the pushes under way; the connector is closed before."""
+        """Ends the pushes under way; the connector is closed before."""
+        self._stopping.set()
         self._pushing.shutdown(wait=True, cancel_futures=True)
 
     async def request(
@@ -85,9 +88,12 @@ class NodeNetwork:
             if reader.size != size:
                 raise NotFound(f"shard {shard.hex()} has {reader.size} bytes here, not {size}")
             reader.bypass_cache()
+            source: ShardSource = reader
+            if rate_bytes_per_s:
+                source = PacedSource(reader, size, target.node, rate_bytes_per_s, self._stopping)
             try:
                 return send_copy(
-                    PacedSource(reader, rate_bytes_per_s) if rate_bytes_per_s else reader,
+                    source,
                     messages.PutShard(shard, size),
                     target,
                     connector=self._connector,

@@ -6,12 +6,21 @@ for it alone, so it never takes the place of somebody's store.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Final
 
 from ckptd.core import limits
-from ckptd.errors import CkptdError, NotFound, PeerBusy, PeerRefused, ShardCorrupt
+from ckptd.errors import (
+    CkptdError,
+    NotFound,
+    PeerBusy,
+    PeerRefused,
+    PeerStalled,
+    PeerUnreachable,
+    ShardCorrupt,
+)
 from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender, ShardSource
 from ckptd.node.reception import check_chain, failed_report
 from ckptd.node.traffic import Traffic
@@ -28,22 +37,40 @@ _DEPTH: Final = 1  # only the one who asked waits for this node
 
 
 class PacedSource:
-    """A shard that is read at most at `rate_bytes_per_s`. In small pieces, so that whoever waits
-    for them sees progress at any rate."""
+    """A shard of `size` bytes that is read for the node `target`, at most at `rate_bytes_per_s`. In
+    small pieces, so that whoever waits for them sees progress at any rate.
 
-    def __init__(self, source: ShardSource, rate_bytes_per_s: float) -> None:
+    It has its time: a target that takes the bytes slower than any card that works gets no more of
+    them, so that nobody can keep this node from sending to others. `stopping` ends it at once."""
+
+    def __init__(
+        self,
+        source: ShardSource,
+        size: int,
+        target: str,
+        rate_bytes_per_s: float,
+        stopping: threading.Event,
+    ) -> None:
         self._source = source
+        self._target = target
         self._rate_bytes_per_s = rate_bytes_per_s
+        self._stopping = stopping
         piece_bytes = max(1, int(rate_bytes_per_s * _PIECE_S))
         # Whole blocks, as far as that is possible: only these are read past the page cache.
         self._piece_bytes = piece_bytes - piece_bytes % _BLOCK_BYTES or piece_bytes
         self._started_s = time.monotonic()
+        slowest_s = size / rate_bytes_per_s + size / limits.COPY_MIN_BYTES_PER_S
+        self._deadline_s = self._started_s + slowest_s + limits.STALL_TIMEOUT_S
 
     def read_into(self, buffer: memoryview, offset: int) -> int:
-        """As ShardSource has it; waits until what was read before has had its time."""
-        wait_s = self._started_s + offset / self._rate_bytes_per_s - time.monotonic()
-        if wait_s > 0:
-            time.sleep(wait_s)
+        """As ShardSource has it; waits until what was read before has had its time. Raises
+        PeerStalled when the target took too long, PeerUnreachable when this node stops."""
+        now_s = time.monotonic()
+        if now_s > self._deadline_s:
+            raise PeerStalled(self._target, f"took {now_s - self._started_s:.0f} s for a copy")
+        wait_s = self._started_s + offset / self._rate_bytes_per_s - now_s
+        if self._stopping.wait(max(0.0, wait_s)):
+            raise PeerUnreachable(self._target, "this side is stopping")
         return self._source.read_into(buffer[: self._piece_bytes], offset)
 
 

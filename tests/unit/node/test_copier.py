@@ -9,6 +9,7 @@ import pytest
 from tests.unit.node.loop_cluster import LoopCluster, RunInCluster
 
 from ckptd.config import RepairConfig
+from ckptd.core import limits
 from ckptd.errors import PeerBusy, PeerRefused
 from ckptd.wire import messages
 
@@ -142,7 +143,7 @@ def test_a_target_that_does_not_answer_is_named(in_cluster: RunInCluster) -> Non
     in_cluster(body)
 
 
-def test_one_request_at_a_time_and_within_the_rates(in_cluster: RunInCluster) -> None:
+def test_one_request_for_each_target_and_within_the_rates(in_cluster: RunInCluster) -> None:
     async def body(cluster: LoopCluster) -> None:
         version, datas = cluster.store(["ab"] * 4)
         began_s = cluster.now_s
@@ -156,6 +157,33 @@ def test_one_request_at_a_time_and_within_the_rates(in_cluster: RunInCluster) ->
         began_s = cluster.now_s
         await copy(cluster, version, datas[2:], rate=1e9)
         assert 2.0 <= cluster.now_s - began_s < 3.0  # and never faster than its own limit
+
+    in_cluster(body, config=RepairConfig(after_s=60.0, rate_bytes_per_s=64, promise_s=30.0))
+
+
+def test_a_slow_target_keeps_nobody_else_from_getting_copies(in_cluster: RunInCluster) -> None:
+    """All together stay within the holder's own rate."""
+
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["ab"] * 3)
+        slow = asyncio.create_task(copy(cluster, version, datas[:1], "c", rate=8.0))
+        await asyncio.sleep(0.1)
+        began_s = cluster.now_s
+        assert states(await copy(cluster, version, datas[1:], "d")) == ["durable", "durable"]
+        assert 4.0 <= cluster.now_s - began_s < 4.2 and not slow.done()
+        assert states(await slow) == ["durable"]
+
+    in_cluster(body, config=RepairConfig(after_s=60.0, rate_bytes_per_s=64, promise_s=30.0))
+
+
+def test_a_request_for_next_to_no_rate_gets_a_share_that_ends(in_cluster: RunInCluster) -> None:
+    """A stolen worker could ask for a byte in a year, and hold a sending for as long."""
+
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["ab"])
+        began_s = cluster.now_s
+        await copy(cluster, version, datas, rate=1e-9)
+        assert cluster.now_s - began_s == pytest.approx(limits.CLUSTER_NODES_MAX, rel=0.1)
 
     in_cluster(body, config=RepairConfig(after_s=60.0, rate_bytes_per_s=64, promise_s=30.0))
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
+import threading
 import time
 from collections.abc import Coroutine
+from concurrent.futures import CancelledError
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -16,7 +19,7 @@ from tests.unit.store.workload import put_shard
 
 from ckptd.core import limits
 from ckptd.core.quantities import Address
-from ckptd.errors import NotFound, PeerBusy, PeerRefused, PeerUnreachable
+from ckptd.errors import NotFound, PeerBusy, PeerRefused, PeerStalled, PeerUnreachable
 from ckptd.node.network import NodeNetwork
 from ckptd.node.push import PacedSource
 from ckptd.store.shards import ShardStore
@@ -178,14 +181,17 @@ def test_a_paced_source_comes_in_pieces_of_a_quarter_of_a_second(
     now_s = 50.0
     waits_s: list[float] = []
 
-    def sleep(seconds: float) -> None:
-        nonlocal now_s
-        waits_s.append(seconds)
-        now_s += seconds
+    class Stopping(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            nonlocal now_s
+            if timeout:
+                waits_s.append(timeout)
+                now_s += timeout
+            return self.is_set()
 
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
-    monkeypatch.setattr(time, "sleep", sleep)
-    paced = PacedSource(Source(), 1000)
+    stopping = Stopping()
+    paced = PacedSource(Source(), 100_000, "pi2", 1000, stopping)
     buffer = memoryview(bytearray(limits.BULK_BUFFER_BYTES))
     offset = 0
     while offset < 1000:
@@ -193,4 +199,30 @@ def test_a_paced_source_comes_in_pieces_of_a_quarter_of_a_second(
     assert (offset, waits_s) == (1000, [0.25] * 3)
     now_s += 10  # somebody else was slow: nothing more to wait for
     assert paced.read_into(buffer, offset) == 250 and len(waits_s) == 3
-    assert PacedSource(Source(), 0.001).read_into(buffer, 0) == 1
+    now_s += 89 + limits.STALL_TIMEOUT_S  # as much as the slowest may take, and not more
+    assert paced.read_into(buffer, offset) == 250
+    now_s += 1.0
+    with pytest.raises(PeerStalled, match="took 121 s for a copy"):
+        paced.read_into(buffer, offset)
+    assert PacedSource(Source(), 1, "pi2", 0.001, stopping).read_into(buffer, 0) == 1
+    stopping.set()
+    with pytest.raises(PeerUnreachable, match="this side is stopping"):
+        PacedSource(Source(), 1, "pi2", 0.001, stopping).read_into(buffer, 0)
+
+
+def test_a_node_that_stops_does_not_wait_for_slow_copies(acquainted: list[RunningNode]) -> None:
+    first = acquainted[0]
+    put_shard(shards_of(first), DATA)
+    push = network_of(first).push(SHARD, len(DATA), "pi2", rate_bytes_per_s=100)  # two hours
+    pushing = asyncio.run_coroutine_threadsafe(push, first.loop)
+    wait_until(
+        lambda: (
+            'transfer_bytes_total{direction="received",peer="pi1"}'
+            in acquainted[1].node.metrics.text().decode()
+            or any(Path(shards_of(acquainted[1])._path, "incoming").iterdir())
+        ),
+        "the first bytes",
+    )
+    first.stop()
+    with pytest.raises((PeerUnreachable, CancelledError)):
+        pushing.result(0)

@@ -300,7 +300,7 @@ def answering(
         return messages.PromiseReply(answer(request)), b""
 
     handlers = cluster.nodes[liar].requests._handlers
-    handlers[messages.Promise] = promise  # type: ignore[assignment]
+    handlers[messages.Promise] = promise
 
 
 def test_a_promise_without_the_bytes_is_worth_nothing(in_cluster: RunInCluster) -> None:

@@ -76,20 +76,20 @@ def test_the_time_of_a_touch_is_read_where_it_is_recorded(directory: StoreDirect
 
     def clock() -> float:
         def is_locked() -> bool:
-            free = store._lock.acquire(blocking=False)
+            free = locked._lock.acquire(blocking=False)
             if free:
-                store._lock.release()
+                locked._lock.release()
             return not free
 
         with ThreadPoolExecutor(1) as other:
             held.append(other.submit(is_locked).result())
         return 1000.0
 
-    store = ShardStore(directory, reserve=0, clock=lambda: 1000.0)
-    store._clock = clock
-    put_shard(store, FIRST)
-    store.touch(digest_of(FIRST))
-    store.confirm([(digest_of(FIRST), len(FIRST))])
+    locked = ShardStore(directory, reserve=0, clock=lambda: 1000.0)
+    locked._clock = clock
+    put_shard(locked, FIRST)
+    locked.touch(digest_of(FIRST))
+    locked.confirm([(digest_of(FIRST), len(FIRST))])
     assert held == [True, True, True]
 
 
