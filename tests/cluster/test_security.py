@@ -144,6 +144,20 @@ def test_a_workers_certificate_reads_no_shard(attacked: BreakableCluster) -> Non
         assert answer.code == "not_authorized"
 
 
+def test_a_worker_is_sent_no_shard_by_a_chain_that_comes_back_to_it(
+    attacked: BreakableCluster,
+) -> None:
+    shard, nodes = next(iter(attacked.all_shards().items()))
+    node, other = sorted(nodes)[:2]
+    size = attacked.shard_file(node, shard).stat().st_size
+    itself = messages.Hop("mallory", "127.0.0.1", 1)
+    for chain in ((itself,), (place(attacked, other).hop, itself)):
+        with connected(attacked, "mallory", "bulk", hop=1, node=node) as peer:
+            answer = peer.ask(messages.PutShard(bytes.fromhex(shard), size, chain), hop=1)
+        assert isinstance(answer, messages.Error)
+        assert answer.code == "refused" and "mallory twice" in answer.message
+
+
 # Forged documents
 
 

@@ -196,6 +196,7 @@ REPAIR_SCAN_GAP_S: Final = 5.0  # between two questions about all versions, at l
 REPAIR_SCAN_SLOWDOWN: Final = 10.0  # ... and this many times as long as the last one took
 REPAIR_SCAN_INTERVAL_S: Final = 600.0  # when nothing has changed
 REPAIR_SURPLUS_INTERVAL_S: Final = 60.0  # ... and some node holds a copy too many
+REPAIR_SILENT_INTERVAL_S: Final = 30.0  # ... and some node did not answer
 REPAIR_SETTLE_MAX_S: Final = 30.0  # a version that is just being stored is left alone so long
 REPAIR_FAILURES_MAX: Final = 3  # in a row, and a node is passed over ...
 REPAIR_AVOID_S: Final = 30.0  # ... for so long

@@ -100,11 +100,11 @@ class Needs:
         self._now_ms = now_ms
 
     def presumed(self, version: VersionCopies) -> frozenset[str]:
-        """The workers that may have what they do not tell: they are away for a while, or gave no
-        answer now."""
+        """The workers that may have what they do not tell: they are away for a while, or have given
+        no answer for a while."""
         away = presumed_holders(self._absences.presumed, version.order, now_ms=self._now_ms)
         silent = {n for n, worker in self._workers.items() if worker.up}.difference(version.bitmaps)
-        return away | silent
+        return away | silent - self._absences.unheard
 
     def each(self, version: VersionCopies) -> Iterator[tuple[Need, frozenset[str]]]:
         """For each shard what it lacks, and its holders, in the manifest's order."""

@@ -134,7 +134,7 @@ class Push:
         """Answers the request. Raises NotFound, or Refused for a chain that cannot be; PeerError
         only when it is the asking side that fails."""
         request = self._request
-        check_chain(request.chain, 0, self._node_id)
+        check_chain(request.chain, 0, self._node_id, sender=self._channel.peer)
         with self._store.open_read(request.shard) as source:
             source.bypass_cache()
             if source.size != request.size:

@@ -45,12 +45,14 @@ def failed_report(node: str, error: CkptdError, received: int = 0) -> CopyReport
     return CopyReport(node, state, received, error.kind, error.message[:8000])
 
 
-def check_chain(chain: tuple[Hop, ...], hop: int, node_id: str) -> None:
-    """Raises Refused for a chain behind the node `node_id`, which receives at `hop`, that is too
-    long, comes back to a node, or names what can be no node or address."""
+def check_chain(chain: tuple[Hop, ...], hop: int, node_id: str, *, sender: str) -> None:
+    """Raises Refused for a chain behind the node `node_id`, which receives from `sender` at `hop`,
+    that is too long, comes back to a node, or names what can be no node or address."""
     if hop + len(chain) > limits.CHAIN_HOPS_MAX:
         raise Refused(f"a chain of {hop + len(chain)} hops; the limit is {limits.CHAIN_HOPS_MAX}")
-    seen = {node_id}
+    # One that passes a shard on has it: if it also was to get it, it would read what is here.
+    # Whoever sends at hop 0 may read anyway, and may be a worker, too.
+    seen = {node_id} if hop == 0 else {node_id, sender}
     for place in chain:
         try:
             check_node_id(place.node)
@@ -261,7 +263,7 @@ class Reception:
         """Answers the request. Raises PeerError when the sender fails, after cleaning up, and
         Refused for a chain that cannot be."""
         request = self._request
-        check_chain(request.chain, self._hop, self._node_id)
+        check_chain(request.chain, self._hop, self._node_id, sender=self._channel.peer)
         if self._is_present():
             self._pass_on_present()
             return

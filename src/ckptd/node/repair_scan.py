@@ -35,7 +35,8 @@ class Totals:
 @dataclass
 class Scan:
     """A round over `headers`. `urgencies` are of the versions that lack something, `fine` those
-    that lack nothing; `sets` are the sets of nodes that shards lie on, with how many do."""
+    that lack nothing; `sets` are the sets of nodes that shards lie on, with how many do; `silent`
+    are the nodes that left a question unanswered."""
 
     headers: Sequence[VersionHeader]
     is_full: bool
@@ -45,6 +46,7 @@ class Scan:
     fine: set[str] = field(default_factory=set)
     young: int = 0
     sets: Counter[frozenset[str]] = field(default_factory=Counter)
+    silent: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._seen = SeenShards()

@@ -37,6 +37,7 @@ from ckptd.wire import messages
 _log = structlog.get_logger(__name__)
 
 _VERSIONS_AT_ONCE: Final = 16
+_SILENT_MIN_S: Final = 0.001  # 0 means that it answers
 
 
 class Repairer:
@@ -80,6 +81,7 @@ class Repairer:
         self._failures: Counter[str] = Counter()  # in a row
         self._done_bytes = 0
         self._absences = Absences()
+        self._silent_since_s: dict[str, float] = {}
         self._waiting_since_s = 0.0
         self._stuck = ""
         self._shape: object = None
@@ -133,7 +135,7 @@ class Repairer:
                 self._metrics.repair(None, None, None)
             return limits.REPAIR_LOOK_S
         self._steward = True
-        sight = await self._fleet.look()
+        sight = self._with_silence(await self._fleet.look())
         self._note(sight)
         until_s = self._clock.monotonic_s() + limits.COPY_SLICE_S
         if self._scan is None:
@@ -148,6 +150,20 @@ class Repairer:
         if (totals := self._totals) is not None:
             self._metrics.repair(totals.queued_bytes, totals.under_replicated, totals.unrecoverable)
 
+    def _with_silence(self, sight: Sight) -> Sight:
+        """The same, with how long each has left questions unanswered."""
+        now_s = self._clock.monotonic_s()
+        since_s = self._silent_since_s = {
+            node: since_s for node, since_s in self._silent_since_s.items() if node in sight.up
+        }
+        workers = tuple(
+            structs.replace(worker, silent_s=max(now_s - since_s[worker.node], _SILENT_MIN_S))
+            if worker.node in since_s
+            else worker
+            for worker in sight.workers
+        )
+        return sight._replace(workers=workers)
+
     def _note(self, sight: Sight) -> None:
         """What has changed since the last look, and what is to be asked anew because of it."""
         absences = judge_absences(sight.workers, after_s=self._config.after_s)
@@ -159,6 +175,7 @@ class Repairer:
         shape = (
             tuple((w.node, w.up, w.draining, w.maintenance) for w in sight.workers),
             tuple(worker.node for worker in absences.presumed),
+            absences.unheard,
         )
         if shape != self._shape:
             self._shape = shape
@@ -198,6 +215,7 @@ class Repairer:
         while (batch := scan.next_batch()) is not None:
             young = {header.id for header in batch if self._is_young(header)}
             async for version in self._inventories.ask(batch, sight.up):
+                scan.silent.update(set(sight.up).difference(version.bitmaps))
                 note = partial(
                     scan.note, version, needs, workers, is_young=version.version in young
                 )
@@ -221,7 +239,14 @@ class Repairer:
             self._sets = tuple(sorted(scan.sets, key=lambda each: (-scan.sets[each], sorted(each))))
         else:
             self._fine |= scan.fine
+            scan.silent |= self._silent_since_s.keys()  # it was not asked about everything
             scan.totals.surplus += self._totals.surplus if self._totals else 0
+        self._silent_since_s = {
+            node: self._silent_since_s.get(node, scan.started_s) for node in scan.silent
+        }
+        if scan.silent:
+            soon_s = min(self._config.after_s, limits.REPAIR_SILENT_INTERVAL_S)
+            self._next_full_s = min(self._next_full_s, now_s + soon_s)
         if not self._queue and scan.urgencies:
             self._done_bytes = 0
             _log.info("repair_begins", versions=len(scan.urgencies), **vars(scan.totals))
@@ -320,6 +345,7 @@ class Repairer:
     def _planner(self, sight: Sight) -> Planner:
         now_s = self._clock.monotonic_s()
         avoided = {node for node, until_s in self._avoid_until_s.items() if until_s > now_s}
+        avoided |= self._absences.unheard
         workers = [
             structs.replace(worker, bytes_free=0) if worker.node in avoided else worker
             for worker in sight.workers

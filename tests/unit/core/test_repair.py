@@ -72,6 +72,13 @@ FOUR = [worker(node) for node in "abcd"]
 # -- what is missing
 
 
+def test_a_worker_that_gave_no_answer_may_have_it_until_it_was_silent_for_long() -> None:
+    lacking = version("a", asked="abc")
+    assert planned(FOUR, lacking) == []
+    (copy,) = planned(FOUR, lacking, Absences(unheard=frozenset("d")))
+    assert copy.source == "a"
+
+
 def test_what_has_its_copies_needs_nothing() -> None:
     shortage = needs_of(FOUR).shortage(version("ab", "cd", "abc"))
     assert (shortage.urgency, shortage.missing, shortage.lost) == (None, (), ())

@@ -6,7 +6,6 @@ import pytest
 
 from ckptd.core.headers import VersionHeader
 from ckptd.core.workers import (
-    GIVEN_UP_AFTER_S,
     Absences,
     Worker,
     judge_absences,
@@ -25,32 +24,56 @@ def fleet(*absent_s: float | None, maintenance: str = "") -> list[Worker]:
     ]
 
 
-def judged(*absent_s: float | None, maintenance: str = "") -> tuple[str, str, float | None]:
+def judged(*absent_s: float | None, maintenance: str = "") -> tuple[str, str]:
     found = judge_absences(fleet(*absent_s, maintenance=maintenance), after_s=AFTER_S)
-    return "".join(w.node for w in found.presumed), found.waiting, found.next_change_s
+    assert not found.unheard
+    return "".join(w.node for w in found.presumed), found.waiting
 
 
 def test_when_all_are_up_nothing_is_presumed() -> None:
     assert judge_absences(fleet(None, None), after_s=AFTER_S) == Absences()
 
 
-@pytest.mark.parametrize(
-    ("absent_s", "presumed", "left_s"), [(599.0, "d", 1.0), (600.0, "", None), (9000.0, "", None)]
-)
+@pytest.mark.parametrize(("absent_s", "presumed"), [(599.0, "d"), (600.0, ""), (9000.0, "")])
 def test_a_worker_keeps_its_copies_until_it_is_away_for_long(
-    absent_s: float, presumed: str, left_s: float | None
+    absent_s: float, presumed: str
 ) -> None:
-    found, waiting, next_change_s = judged(None, None, None, absent_s)
-    assert (found, bool(waiting), next_change_s) == (presumed, bool(presumed), left_s)
+    found, waiting = judged(None, None, None, absent_s)
+    assert (found, bool(waiting)) == (presumed, bool(presumed))
+
+
+def silent(*silent_s: float, absent_s: float | None = None) -> Absences:
+    workers = [Worker(node, silent_s=s) for node, s in zip("abcdefgh", silent_s, strict=False)]
+    return judge_absences([*workers, Worker("z", absent_s=absent_s)], after_s=AFTER_S)
+
+
+def test_who_does_not_tell_what_it_holds_has_the_same_time() -> None:
+    assert silent(0.0, 0.0) == Absences()
+    assert silent(0.0, 599.0, 0.0) == Absences(
+        waiting="b does not tell what it holds, and has 600 s for it"
+    )
+    assert silent(0.0, 600.0, 0.0) == Absences(
+        unheard=frozenset("b"), waiting="b does not tell what it holds: others get its copies"
+    )
+    found = silent(0.0, 600.0, 0.0, 1.0, 0.0, absent_s=1.0)
+    assert found.unheard == {"b"} and [each.node for each in found.presumed] == ["z"]
+    assert found.waiting.count(";") == 2
+
+
+def test_when_half_of_them_are_silent_it_is_rather_the_network() -> None:
+    found = silent(0.0, 600.0, absent_s=600.0)
+    assert not found.unheard and [each.node for each in found.presumed] == ["z"]
+    assert found.waiting.startswith("only 1 of 3 workers are up: no copies are made for b, z")
+    assert silent(0.0, 600.0, 86_400.0, 86_400.0).unheard == frozenset("bcd")
 
 
 def test_in_maintenance_a_worker_is_waited_for_however_long_it_takes() -> None:
-    assert judged(None, None, None, 7000.0, maintenance="d") == ("d", "d is in maintenance", None)
+    assert judged(None, None, None, 7000.0, maintenance="d") == ("d", "d is in maintenance")
 
 
 def test_each_reason_is_told() -> None:
-    presumed, waiting, left_s = judged(None, None, None, None, 70.0, 7000.0, maintenance="f")
-    assert (presumed, left_s) == ("ef", 530.0)
+    presumed, waiting = judged(None, None, None, None, 70.0, 7000.0, maintenance="f")
+    assert presumed == "ef"
     assert waiting == "e may come back within 600 s of leaving; f is in maintenance"
 
 
@@ -58,18 +81,17 @@ def test_each_reason_is_told() -> None:
     "absent_s", [(None, 700.0), (None, None, 700.0, 700.0), (None, 9e4, 700.0), (9e4, 700.0)]
 )
 def test_no_repair_unless_more_than_half_are_up(absent_s: tuple[float | None, ...]) -> None:
-    presumed, waiting, left_s = judged(*absent_s)
+    presumed, waiting = judged(*absent_s)
     away = [seconds for seconds in absent_s if seconds is not None]
     assert len(presumed) == len(away)
     assert waiting.startswith(f"only {len(absent_s) - len(away)} of {len(absent_s)} workers are up")
-    assert left_s == GIVEN_UP_AFTER_S - 700.0
 
 
 @pytest.mark.parametrize("absent_s", [(None, None, 700.0), (None, 9e4), (None, 9e4, 9e4, 9e4)])
 def test_who_is_away_for_a_day_does_not_count_for_the_majority(
     absent_s: tuple[float | None, ...],
 ) -> None:
-    assert judged(*absent_s) == ("", "", None)
+    assert judged(*absent_s) == ("", "")
 
 
 def test_what_was_stored_after_a_worker_left_is_not_on_it() -> None:

@@ -363,14 +363,22 @@ def test_all_connections_together_are_capped(
 )
 def test_chains_that_cannot_be(chain: tuple[Hop, ...]) -> None:
     with pytest.raises(Refused):
-        check_chain(chain, 0, "pi1")
+        check_chain(chain, 0, "pi1", sender="mac")
+
+
+def test_a_chain_never_comes_back_to_a_node_that_passes_on() -> None:
+    """A stolen worker could name itself behind a node that has the shard, and read it."""
+    chain = (Hop("pi3", "127.0.0.1", 1), Hop("pi2", "127.0.0.1", 1))
+    with pytest.raises(Refused, match="pi2 twice"):
+        check_chain(chain, 1, "pi1", sender="pi2")
+    check_chain(chain, 0, "pi1", sender="pi2")  # which stores as a client, and is a worker, too
 
 
 def test_a_chain_may_not_pass_the_last_hop() -> None:
     chain = tuple(Hop(f"n{number}", "127.0.0.1", 1) for number in range(limits.CHAIN_HOPS_MAX))
-    check_chain(chain, 0, "pi1")
+    check_chain(chain, 0, "pi1", sender="mac")
     with pytest.raises(Refused, match="hops"):
-        check_chain(chain, 1, "pi1")
+        check_chain(chain, 1, "pi1", sender="mac")
 
 
 def test_a_chain_that_comes_back_is_refused_before_a_byte(node: RunningNode) -> None:

@@ -9,6 +9,7 @@ from tests.unit.node.loop_cluster import SIZE, LoopCluster, RunInCluster
 
 from ckptd.config import RepairConfig
 from ckptd.core import limits
+from ckptd.errors import StoreOperationFailed
 from ckptd.node.repairer import Repairer
 from ckptd.wire import messages
 
@@ -268,12 +269,37 @@ def test_a_clock_that_runs_ahead_keeps_nothing_from_repair(in_cluster: RunInClus
     in_cluster(body)
 
 
-def test_who_gives_no_answer_is_not_repaired_for(in_cluster: RunInCluster) -> None:
+def test_who_gives_no_answer_is_not_repaired_for_until_it_takes_too_long(
+    in_cluster: RunInCluster,
+) -> None:
+    """It is up, and says so, and might go on like this for ever."""
+
     async def body(cluster: LoopCluster) -> None:
-        cluster.store(PAIRS)
-        cluster.mute.add("c")
-        await cluster.run(120)
+        _, datas = cluster.store(PAIRS)
+        node = cluster.nodes["c"]
+        handlers = node.requests._handlers
+        inventory = handlers[messages.Inventory]
+
+        async def no_inventory(*_: object) -> tuple[messages.Message, bytes]:
+            raise StoreOperationFailed("not now")
+
+        handlers[messages.Inventory] = no_inventory
+        steward = cluster.nodes["a"].repairer
+        await cluster.run(50)
         assert cluster.moved == []
+        view = steward.view()
+        assert view is not None and view.waiting.startswith("c does not tell what it holds, and")
+
+        def safe_without_c() -> bool:
+            return all(len(set(cluster.holders(data)) - {"c"}) >= 2 for data in datas)
+
+        await cluster.until(safe_without_c, 60)
+        assert not any(target == "c" for _, target, _ in cluster.moved)
+        view = steward.view()
+        assert view is not None and view.waiting.endswith("what it holds: others get its copies")
+        handlers[messages.Inventory] = inventory
+        await cluster.until(lambda: exactly(cluster, datas), 300)
+        await cluster.until(lambda: (v := steward.view()) is not None and not v.waiting, 60)
 
     in_cluster(body)
 
