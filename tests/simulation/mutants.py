@@ -214,8 +214,8 @@ MUTANTS: Final = (
     Mutant(
         "retention relies on what is not protected",
         "ckptd.node.confirmation:Confirmation.protected",
-        "found |= await self._protected(batch)",
-        "found |= {version.id for version in batch}",
+        "if await self._on_disk(partial(self._is_protected, version)):",
+        "if True:",
     ),
     Mutant(
         "quarantined copies are given up at once",

@@ -16,6 +16,7 @@ from ckptd.errors import CkptdError, Refused
 from ckptd.net.control_connection import Answer, Payload, Progress
 from ckptd.node.collector import Collector
 from ckptd.node.confirmation import Confirmation
+from ckptd.node.inventories import Inventories
 from ckptd.node.jobs import Job, Jobs, PausedJobs
 from ckptd.node.members import Members
 from ckptd.node.ports import Network, OnDisk
@@ -71,7 +72,16 @@ class Background:
     def __init__(self, ground: Ground) -> None:
         self._ground = ground
         self._scrubber = None if ground.shards is None else _scrubber(ground, ground.shards)
-        confirmation = _confirmation(ground)
+        inventories = Inventories(
+            node_id=ground.members.own,
+            network=ground.network,
+            records=ground.records,
+            shards=ground.shards,
+            copies=ground.config.replication.copies,
+            on_disk=ground.on_disk,
+            clock=ground.clock,
+        )
+        confirmation = Confirmation(inventories, ground.members.standings, ground.on_disk)
         self._collector = _collector(ground, confirmation)
         is_coordinator = ground.config.is_coordinator
         self._retention = _retention(ground, confirmation) if is_coordinator else None
@@ -80,6 +90,7 @@ class Background:
             config=ground.config,
             records=ground.records,
             shards=ground.shards,
+            inventories=inventories,
             standings=ground.members.standings,
             status=ground.status,
             suspect=ground.suspect,
@@ -153,22 +164,6 @@ def _or_none(load: Callable[[], frozenset[str]]) -> frozenset[str]:
         return load()
     except CkptdError:  # the disk has just failed: the node says so, and its jobs do nothing
         return frozenset()
-
-
-def _confirmation(ground: Ground) -> Confirmation:
-    def own(version_id: str) -> bytes | None:
-        wall_s = ground.clock.wall_s()
-        return ground.records.inventory(version_id, ground.shards, wall_s)[0]
-
-    return Confirmation(
-        node_id=ground.members.own,
-        own=own,
-        network=ground.network,
-        workers=ground.other_workers,
-        machines=lambda: {node: s.machine for node, s in ground.members.standings().items()},
-        on_disk=ground.on_disk,
-        copies=ground.config.replication.copies,
-    )
 
 
 def _collector(ground: Ground, confirmation: Confirmation) -> Collector:

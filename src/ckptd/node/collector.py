@@ -3,7 +3,8 @@ dead versions. What may go is decided in `ckptd.core.collection`; nobody can ord
 
 A pass takes a census of the versions, marks every shard that a manifest names which must be kept,
 and removes the others one by one, each only if nobody touched it for a grace. A manifest that
-arrives later touches its shards in the moment in which it becomes known, and whoever is told that a
+arrives later, or a pin of one, touches its shards in the moment in which it becomes known, and
+whoever is told that a
 shard is here touches it too, under the lock under which it would be removed. So no order of events
 takes a shard away that somebody was told of.
 """
@@ -146,24 +147,29 @@ class Collector:
         """Removes what nothing names, and drops the manifests of `released`, as far as what has
         become known meanwhile does not speak for them."""
         census = await self._census()
-        gone = {
-            version_id
-            for version_id in released
-            if (fate := census.dead.get(version_id)) and fate.may_go(self._protected)
-        }
+        gone = self._may_go(released, census)
         if self._shards is not None:
             try:
                 marks = await self._mark(self._shards, census, gone)
             except _InDoubt as doubt:
                 self._waits_for = str(doubt)
                 return
+            if self._may_go(gone, await self._census()) != gone:
+                return  # something speaks for one of them by now: the next pass marks its shards
             # What was heard was heard before the census: whatever came since is younger than this.
             await self._remove(self._shards, marks, heard_s - self._grace_s)
         if gone:
-            await self._on_disk(partial(self._records.drop, sorted(gone)))
+            dropped = await self._on_disk(partial(self._records.drop, gone, self._protected))
             self._released_s = census.at_s
-            _log.info("dead_versions_dropped", versions=len(gone))
+            _log.info("dead_versions_dropped", versions=len(dropped))
         self._swept_s = census.at_s
+
+    def _may_go(self, version_ids: Iterable[str], census: Census) -> set[str]:
+        return {
+            version_id
+            for version_id in version_ids
+            if (fate := census.dead.get(version_id)) and fate.may_go(self._protected)
+        }
 
     async def _mark(self, shards: ShardStore, census: Census, gone: Collection[str]) -> Marks:
         marks = await self._on_disk(lambda: Marks(shards.digests()))

@@ -6,7 +6,7 @@ import hashlib
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 
 import msgspec
 import structlog
@@ -16,7 +16,7 @@ from ckptd.core import bitmaps, limits
 from ckptd.core.admission import admit, check_size
 from ckptd.core.catalogue import Catalogue, VersionHeader
 from ckptd.core.collection import Census, census
-from ckptd.core.documents import Manifest, ShardReference
+from ckptd.core.documents import Document, Manifest, Pin, ShardReference, UnknownDocument
 from ckptd.core.identity import Identity, Role
 from ckptd.core.signing import Signer
 from ckptd.errors import DocumentRefused, IntegrityError, NotFound, StoreOperationFailed
@@ -38,8 +38,9 @@ _shards_decoder = msgspec.json.Decoder(_ManifestShards)
 class Records:
     """All documents that this node knows. Thread-safe; the methods block on the disk.
 
-    `shards` is the node's store of shards, None when it keeps none. A manifest becomes known and
-    its shards are touched in one step: whoever sees it here may count on them for a grace.
+    `shards` is the node's store of shards, None when it keeps none. A manifest, or a pin that
+    speaks for one, becomes known and its shards are touched in one step: whoever sees it here may
+    count on them for a grace.
     """
 
     def __init__(
@@ -102,17 +103,26 @@ class Records:
             # signature beside them is not. `put` leaves what is there alone, so it goes aside.
             self._files.quarantine(found)
         self._files.put(found, raw, signature)
+        wanted = self._wanted_by(document)
         with self._lock:
             self.unreadable.discard(found)
             self._damaged.discard(found)
-            if isinstance(document, Manifest) and self._shards is not None:
-                self._shards.confirm(_digests(document.shards))
+            if self._shards is not None:
+                self._shards.confirm(wanted)
             if self.catalogue.add(found, document, author=author):
                 self._count(author)
                 kind = type(document).__name__.lower()
                 name = document.name if isinstance(document, Manifest) else None
                 _log.info("document_stored", kind=kind, document=found, name=name)
         return found
+
+    def _wanted_by(self, document: Document | UnknownDocument) -> list[tuple[bytes, int]]:
+        """The shards that may not be collected now because of this document."""
+        if isinstance(document, Manifest):
+            return _digests(document.shards)
+        if isinstance(document, Pin) and self._shards is not None:
+            return self._references(document.version) or []
+        return []
 
     def _count(self, author: Identity) -> None:
         if author.roles <= {Role.WORKER}:
@@ -223,23 +233,34 @@ class Records:
             headers = map(self.catalogue.version, vain)
             return [header for header in headers if header is not None]
 
-    def drop(self, version_ids: Sequence[str]) -> None:
-        """Forgets the manifests of dead versions for ever. They are never taken in again."""
+    def drop(self, version_ids: Iterable[str], protected: Collection[str]) -> list[str]:
+        """Forgets the manifests of those of these dead versions that may still go, with the
+        versions `protected` confirmed. They are never taken in again. Returns their ids."""
         with self._lock:
-            for version_id in version_ids:
+            dead = census(self.catalogue, 0.0).dead
+            gone = [
+                version_id
+                for version_id in sorted(version_ids)
+                if (fate := dead.get(version_id)) and fate.may_go(protected)
+            ]
+            for version_id in gone:
                 self.catalogue.drop(version_id)
                 self._damaged.discard(version_id)
-        self._files.drop(version_ids)
+        self._files.drop(gone)
+        return gone
 
     def references(self, version_id: str) -> list[tuple[bytes, int]] | None:
         """Digest and size of each shard of a version; None when its manifest is not here."""
         if self.catalogue.version(version_id) is None:
             return None
         with self._parsing:
-            found = self.get(version_id)
-            if found is None:
-                return None
-            return _digests(_shards_decoder.decode(found[0]).shards)
+            return self._references(version_id)
+
+    def _references(self, version_id: str) -> list[tuple[bytes, int]] | None:
+        found = self.get(version_id)
+        if found is None or self.catalogue.version(version_id) is None:
+            return None
+        return _digests(_shards_decoder.decode(found[0]).shards)
 
 
 def _digests(shards: Iterable[ShardReference]) -> list[tuple[bytes, int]]:

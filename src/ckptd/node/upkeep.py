@@ -37,6 +37,7 @@ class Upkeep:
         config: Config,
         records: Records,
         shards: ShardStore | None,
+        inventories: Inventories,
         standings: Callable[[], Standings],
         status: Callable[[], messages.NodeStatus],
         suspect: Callable[[bytes], Awaitable[VerifyResult]],
@@ -53,15 +54,6 @@ class Upkeep:
             standings=standings,
             status=status,
             network=own_network,
-            clock=clock,
-        )
-        inventories = Inventories(
-            node_id=node_id,
-            network=own_network,
-            records=records,
-            shards=shards,
-            copies=config.replication.copies,
-            on_disk=on_disk,
             clock=clock,
         )
         self.repairer = Repairer(

@@ -24,6 +24,7 @@ from ckptd.core.permissions import may
 from ckptd.core.signing import Signer
 from ckptd.core.steward import Standing, Standings
 from ckptd.errors import CkptdError, NotAuthorized, PeerRefused, PeerUnreachable
+from ckptd.node.inventories import Inventories
 from ckptd.node.records import Records
 from ckptd.node.requests import _ACTIONS, Requests
 from ckptd.node.upkeep import Upkeep
@@ -110,6 +111,15 @@ class LoopNode:
             config=world.whole_config(),
             records=self.records,
             shards=self.shards,
+            inventories=Inventories(
+                node_id=self.id,
+                network=self.network,
+                records=self.records,
+                shards=self.shards,
+                copies=world.copies,
+                on_disk=_inline,
+                clock=self.clock,
+            ),
             standings=lambda: world.standings(self),
             status=self.status,
             suspect=self.requests.suspect,

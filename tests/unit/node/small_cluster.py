@@ -26,11 +26,12 @@ from ckptd.core.collection import Fate
 from ckptd.core.documents import FileEntry, Manifest, Part, Pin, ShardReference, Tombstone
 from ckptd.core.headers import VersionHeader
 from ckptd.core.identity import Identity, Role, load_ca
-from ckptd.core.machines import machine_key
 from ckptd.core.retention import RetentionRule
+from ckptd.core.steward import Standing, Standings
 from ckptd.errors import PeerUnreachable
 from ckptd.node.collector import Collector
 from ckptd.node.confirmation import Confirmation
+from ckptd.node.inventories import Inventories
 from ckptd.node.records import Records
 from ckptd.node.requests import Requests
 from ckptd.node.retention import Retention
@@ -136,17 +137,16 @@ class Place:
         self.start()
 
     def confirmation(self, *, copies: int = 2) -> Confirmation:
-        return Confirmation(
+        inventories = Inventories(
             node_id=self.node,
-            own=lambda version: self.records.inventory(
-                version, self.shards if self._keeps_shards else None, 0.0
-            )[0],
             network=self._cluster,
-            workers=self._cluster.up,
-            machines=lambda: {node: machine_key(node, "", "") for node in self._cluster.places},
-            on_disk=on_disk,
+            records=self.records,
+            shards=self.shards if self._keeps_shards else None,
             copies=copies,
+            on_disk=on_disk,
+            clock=self._cluster.clock,
         )
+        return Confirmation(inventories, self._cluster.standings, on_disk)
 
     def _status(self) -> messages.NodeStatus:
         skew_s = self._cluster.skew_s.get(self.node, 0.0)
@@ -208,6 +208,7 @@ class SmallCluster:
         self.clock = ManualClock()
         self.skew_s: dict[str, float] = {}
         self.down: set[str] = set()
+        self.draining: set[str] = set()
         self.silent: set[str] = set()
         self.asked: list[tuple[str, Message]] = []
         pki = _pki()
@@ -225,6 +226,17 @@ class SmallCluster:
 
     def up(self) -> list[str]:
         return [node for node in WORKERS if node not in self.down]
+
+    def standings(self) -> Standings:
+        return {
+            node: Standing(
+                node=node,
+                roles=frozenset({"worker" if node in WORKERS else "coordinator"}),
+                absent_s=1.0 if node in self.down else None,
+                draining=node in self.draining,
+            )
+            for node in self.places
+        }
 
     def run(self, work: Coroutine[Any, Any, _T]) -> _T:
         return asyncio.run(work)

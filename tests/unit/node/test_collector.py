@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +122,9 @@ def test_of_versions_that_die_one_after_the_other_several_go_in_one_pass(
     passes: list[int] = []
     drop = pi1.records.drop
 
-    def counted(version_ids: Sequence[str]) -> None:
+    def counted(version_ids: Collection[str], protected: Collection[str]) -> list[str]:
         passes.append(len(version_ids))
-        drop(version_ids)
+        return drop(version_ids, protected)
 
     monkeypatch.setattr(pi1.records, "drop", counted)
     for _ in range(2 * len(removed)):
@@ -437,6 +437,54 @@ def test_a_pin_that_arrives_during_the_pass_stops_it(
     monkeypatch.setattr(pi1.records, "doubt", lambda: cluster.pin(old) and "")
     pi1.collect()
     assert pi1.has(ONE)
+
+
+def test_a_removal_that_arrives_while_shards_are_marked_stops_the_pass(
+    cluster: SmallCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what justified the end of an old version: then the old one is wanted again."""
+    old = cluster.store("run/latest", ONE)
+    new = cluster.store("run/latest", NEW)
+    cluster.store("run/latest", TWO, on=("pi1",))
+    cluster.drop(old, by=new)
+    outlive_the_grace(cluster)
+    pi1 = cluster["pi1"]
+    digests = pi1.shards.digests
+
+    def removed_meanwhile() -> Iterator[bytes]:
+        cluster.remove(new)
+        return digests()
+
+    monkeypatch.setattr(pi1.shards, "digests", removed_meanwhile)
+    pi1.collect()
+    assert pi1.has(ONE) and old in pi1.records.catalogue
+
+
+@pytest.mark.parametrize("before", [1, 2])
+def test_a_pin_that_arrives_while_shards_are_removed_keeps_what_is_left(
+    cluster: SmallCluster, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    """And the manifest, so that what is gone comes back from others."""
+    old = cluster.store("run/latest", ONE, TWO)
+    new = cluster.store("run/latest", NEW)
+    cluster.drop(old, by=new)
+    outlive_the_grace(cluster)
+    pi1 = cluster["pi1"]
+    remove = pi1.shards.remove
+    removals = 0
+
+    def late(shard: bytes, *, untouched_since: float) -> int:
+        nonlocal removals
+        removals += 1
+        if removals == before:
+            cluster.pin(old)
+        return remove(shard, untouched_since=untouched_since)
+
+    monkeypatch.setattr(pi1.shards, "remove", late)
+    pi1.collect()
+    assert removals == 2
+    assert pi1.has(ONE) + pi1.has(TWO) == 3 - before
+    assert old in pi1.records.catalogue
 
 
 def test_what_was_dropped_and_waits_is_kept_when_the_disk_is_swept(cluster: SmallCluster) -> None:

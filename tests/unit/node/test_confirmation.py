@@ -45,6 +45,16 @@ def test_the_larger_of_the_copies_wanted_counts(cluster: SmallCluster, wanted: s
     assert protected(cluster, version, copies=in_cluster) == [version]
 
 
+@pytest.mark.parametrize("asking", ["pi1", "pi2", "mac"])
+def test_a_node_that_is_to_be_emptied_confirms_nothing(cluster: SmallCluster, asking: str) -> None:
+    """Its copies are good, and will be gone tomorrow."""
+    version = cluster.store("run/latest", ONE)
+    cluster.draining.add("pi2")
+    assert protected(cluster, version, by=asking) == []
+    cluster["pi3"].put(ONE)
+    assert protected(cluster, version, by=asking) == [version]
+
+
 def test_a_node_that_does_not_answer_confirms_nothing(cluster: SmallCluster) -> None:
     version = cluster.store("run/latest", ONE)
     cluster.silent.add("pi2")
