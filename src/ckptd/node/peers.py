@@ -172,7 +172,11 @@ class Peers:
     async def _keep(self, address: str) -> None:
         """Holds one connection to whatever node listens at `address`."""
         wait_s = self._config.heartbeat_s
-        where = parse_address(address)
+        try:
+            where = parse_address(address)
+        except ValueError as error:  # a node says so of itself, and signed it
+            _log.warning("peer_address_unusable", address=address, reason=str(error))
+            return
         told = ""
         while True:
             try:
@@ -348,8 +352,9 @@ class Peers:
         )
 
     async def _fetch(self, client: ControlClient, wanted: list[bytes]) -> bool:
-        """Takes in documents of a peer; whether it had all that were asked for. Those of versions
-        that are dead here are not: a peer that still tells of one has not heard of it yet."""
+        """Takes in documents of a peer; whether it had all that were asked for, and they are here
+        now. Those of versions that are dead here are not asked for: a peer that still tells of one
+        has not heard of it yet."""
         wanted = [each for each in wanted if not self._records.is_dead(each.hex())]
         start = missing = 0
         while start < len(wanted):
@@ -366,18 +371,22 @@ class Peers:
         self, client: ControlClient, batch: tuple[bytes, ...]
     ) -> tuple[int, int]:
         """Asks for documents; how many of them the peer's answer was about, and how many of these
-        it has not (any more)."""
+        are not here after it: the peer has them not (any more), or they are refused here."""
         reply, payload = await client.request(messages.GetDocuments(batch), messages.Documents)
+        lacking = len(reply.missing)
         for signed in messages.document_views(payload, reply.count, peer=client.node_id):
-            await self._admit(client.node_id, signed)
-        return min(len(batch), reply.count + len(reply.missing)), len(reply.missing)
+            lacking += not await self._admit(client.node_id, signed)
+        return min(len(batch), reply.count + len(reply.missing)), lacking
 
-    async def _admit(self, node: str, signed: messages.DocumentView) -> None:
+    async def _admit(self, node: str, signed: messages.DocumentView) -> bool:
+        """Takes in one document; whether it is here now."""
         try:
             await self._on_disk(lambda: self._records.put(signed.document, signed.signature))
         except DocumentRefused as error:
             # Whoever brings it need not be its author; it is not taken, and the rest goes on.
             _log.warning("document_refused", node=node, reason=error.message)
+            return False
+        return True
 
     async def _send(self, client: ControlClient, missing: list[bytes]) -> None:
         for document_id in missing:

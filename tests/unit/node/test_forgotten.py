@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Collection
 from typing import Any
 
 import pytest
@@ -159,11 +160,11 @@ def test_a_node_says_anew_who_it_is_when_its_certificate_was_renewed(node: Runni
     assert to_say(catalogue, "ab" * 20) is not None
 
 
-def introduce(node: RunningNode, other: RunningNode) -> None:
-    """Brings `node` what `other` says of itself."""
+def introduce(node: RunningNode, other: RunningNode, *, besides: Collection[str] = ()) -> None:
+    """Brings `node` what `other` says of itself, which knows nothing but that and `besides`."""
     roster = other.node.records.catalogue.roster
     wait_until(lambda: roster.last_said(other.node_id) is not None, "its member document")
-    [said] = other.node.records.catalogue.ids()
+    [said] = set(other.node.records.catalogue.ids()).difference(besides)
     signed = other.node.records.get(said)
     assert signed is not None
     node.node.records.put(*signed)
