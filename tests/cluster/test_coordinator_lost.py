@@ -59,6 +59,8 @@ def new_machine(cluster: Watched, place: Path) -> Iterator[None]:
         "discovery": {"mdns": False, "peers": [described["address"]]},
         "observe": {"listen": f"127.0.0.1:{_free_port()}", "tls": False},
         "replication": {"shard_size": "256KiB"},
+        "repair": {"after": "3s"},
+        "retention": [{"runs": "run", "keep_last": 2}],
         "watch": [{"root": str(cluster.root), "settle": f"{int(SETTLE_S * 1000)}ms"}],
     }
     (place / "desk.yml").write_text(yaml.safe_dump(config))
@@ -117,12 +119,51 @@ def test_a_new_machine_with_a_certificate_knows_everything(tmp_path: Path) -> No
                 assert cluster.comes_back(f"run/latest@{version}", tmp_path / source)
             assert cluster.comes_back("run/step-1", step)
             fresh = make_checkpoint(tmp_path / "next", "next", size=400_000)
-            put(fresh, cluster.root / "run" / "step-2")
-            cluster.wait_protected("run/step-2")
-            assert cluster.comes_back("run/step-2", cluster.root / "run" / "step-2")
+            put(fresh, cluster.root / "next" / "step-2")
+            cluster.wait_protected("next/step-2")
+            assert cluster.comes_back("next/step-2", cluster.root / "next" / "step-2")
             assert cluster.command("forget", COORDINATOR, "--yes").code == 0
             wait_until(lambda: COORDINATOR not in belonging(cluster), "the old one to be gone")
             assert belonging(cluster) == {NEW, "node1", "node2", "node3"}
+            retention_goes_on(cluster, tmp_path, versions)
+            repair_goes_on(cluster)
+            for version in cluster.versions("run/latest"):
+                assert cluster.command("verify", f"run/latest@{version}").code == 0
+
+
+def retention_goes_on(cluster: Watched, work: Path, versions: list[str]) -> None:
+    """A third version of what is overwritten takes the place of the first."""
+    newest = make_checkpoint(work / "latest-3", 3, size=400_000)
+    shutil.copytree(newest, cluster.root / "run" / "latest", dirs_exist_ok=True)
+    first = versions[-1]
+    wait_until(
+        lambda: (
+            len(now := cluster.versions("run/latest")) == 2
+            and first not in now
+            and versions[0] in now
+        ),
+        "the first version to be dropped",
+    )
+    cluster.wait_protected("run/latest")
+    assert cluster.comes_back("run/latest", newest)
+
+
+def repair_goes_on(cluster: Watched) -> None:
+    """A worker dies for good, and everything has its copies again on those that are left."""
+    cluster.kill("node3")
+    live = {"node1", "node2"}
+    names = {row["name"] for row in listed(cluster)}
+
+    def copies_are_back() -> bool:
+        state = cluster.status()
+        return state["steward"] == NEW and state["under_replicated_shards"] == 0
+
+    wait_until(lambda: not copies_are_back(), "the death to be noticed")
+    wait_until(copies_are_back, "repair", timeout_s=60)
+    for name in names:
+        cluster.wait_protected(name)
+    held = cluster.all_shards()
+    assert held and all(live <= set(nodes) for nodes in held.values())
 
 
 def test_an_emptied_directory_is_filled_again_by_local_up(tmp_path: Path) -> None:
