@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ckptd.client.cluster import connect
+from ckptd.client.connect import connect
 from ckptd.client.local_cluster import LocalCluster, LocalNode
 from ckptd.client.progress import Progress
 from ckptd.client.restore import RestoreResult

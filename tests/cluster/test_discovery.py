@@ -25,7 +25,8 @@ import pytest
 import yaml
 from tests.cluster.kill_fixtures import make_checkpoint
 
-from ckptd.client.cluster import Cluster, connect
+from ckptd.client.cluster import Cluster
+from ckptd.client.connect import connect
 from ckptd.client.local_cluster import LocalCluster
 from ckptd.config import load
 from ckptd.core.quantities import Address

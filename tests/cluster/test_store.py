@@ -23,7 +23,8 @@ from tests.cluster.kill_fixtures import (
 )
 
 from ckptd.client import store as store_module
-from ckptd.client.cluster import Cluster, connect
+from ckptd.client.cluster import Cluster
+from ckptd.client.connect import connect
 from ckptd.client.documents import publish
 from ckptd.client.progress import Progress
 from ckptd.client.store import StoreResult

@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.cluster.kill_fixtures import BreakableCluster, wait_until
 
-from ckptd.client.cluster import connect
+from ckptd.client.connect import connect
 from ckptd.config import load
 from ckptd.net.loop import run as run_on_loop
 from ckptd.wire import messages

@@ -19,7 +19,8 @@ from typing import Any, Final, TypeVar
 import psutil
 from tests.root.processes import wait_until
 
-from ckptd.client.cluster import Cluster, connect
+from ckptd.client.cluster import Cluster
+from ckptd.client.connect import connect
 from ckptd.client.local_cluster import LocalCluster, LocalNode
 from ckptd.config import load
 from ckptd.net.bulk import BulkConnector, ShardSender, refusal

@@ -97,7 +97,7 @@ def restore(name: str, stores: tuple[Path, ...], **wanted: Unpack[_Wanted]) -> N
 
 
 async def _from_nodes(name: str, config: Config, wanted: _Wanted) -> RestoreResult:
-    from ckptd.client.cluster import connect
+    from ckptd.client.connect import connect
     from ckptd.client.restore import restore
 
     with shown_progress(f"restore {name}") as progress:

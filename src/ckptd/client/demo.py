@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptd.client.cluster import connect
+from ckptd.client.connect import connect
 from ckptd.client.listing import Checkpoint, list_checkpoints
 from ckptd.client.local_cluster import LocalCluster, LocalNode
 from ckptd.client.progress import Progress

@@ -15,8 +15,9 @@ from typing import Final, Literal
 from cryptography import x509
 from msgspec import Struct
 
-from ckptd.client.cluster import AbsentNode, Cluster, Node, connect
+from ckptd.client.cluster import AbsentNode, Cluster, Node
 from ckptd.client.cluster_status import Room, room_of
+from ckptd.client.connect import connect
 from ckptd.client.survey import machines_of, survey, timestamp
 from ckptd.config import Config, check_roots, inactive_keys
 from ckptd.core import limits
