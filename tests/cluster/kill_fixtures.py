@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from ckptd.client.connect import connect
-from ckptd.client.local_cluster import LocalCluster, LocalNode
+from ckptd.client.local_cluster import LocalCluster
+from ckptd.client.local_node import LocalNode
 from ckptd.client.progress import Progress
 from ckptd.client.restore import RestoreResult
 from ckptd.client.restore import restore as restore_checkpoint
