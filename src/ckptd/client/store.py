@@ -322,15 +322,10 @@ class _Store:
             same = await self._same_version(newest.id, source)
             if same is not None:
                 return same
-        order, created, nonce = await stamp(self._cluster, catalogue)
         manifest = Manifest(
-            format=1,
-            cluster=self._cluster.cluster,
+            **await stamp(self._cluster, catalogue),
             name=self._name,
-            order=order,
-            created=created,
             host=socket.gethostname()[:255],
-            nonce=nonce,
             unit="file" if source.unit == "file" else "directory",
             content_id=content_id,
             copies=self._copies,
