@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ckptd.client.cluster import connect
-from ckptd.client.local_cluster import LocalCluster, LocalNode
+from ckptd.client.connect import connect
+from ckptd.client.local_cluster import LocalCluster
+from ckptd.client.local_node import LocalNode
 from ckptd.client.progress import Progress
 from ckptd.client.restore import RestoreResult
 from ckptd.client.restore import restore as restore_checkpoint
@@ -35,6 +36,7 @@ from ckptd.net.loop import run as run_on_loop
 
 SHARD_SIZE = 256 * 1024
 DEADLINE_S = 30.0
+_Cluster = TypeVar("_Cluster", bound="BreakableCluster")
 
 
 @dataclass
@@ -187,15 +189,21 @@ class BreakableCluster:
 
 
 @contextmanager
-def breakable_cluster(directory: Path, **options: Any) -> Iterator[BreakableCluster]:
-    """A running cluster, killed and removed at the end."""
-    cluster = BreakableCluster(directory, **options)
+def kept_up(cluster: _Cluster) -> Iterator[_Cluster]:
+    """Starts the cluster; it is killed and removed at the end."""
     try:
         cluster.up()
         yield cluster
     finally:
         cluster.kill("coordinator", *cluster.running())
-        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(cluster.directory, ignore_errors=True)
+
+
+@contextmanager
+def breakable_cluster(directory: Path, **options: Any) -> Iterator[BreakableCluster]:
+    """A running cluster, killed and removed at the end."""
+    with kept_up(BreakableCluster(directory, **options)) as cluster:
+        yield cluster
 
 
 def kill_process(pid: int) -> None:

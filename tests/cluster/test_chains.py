@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
-from tests.cluster.kill_fixtures import BreakableCluster, breakable_cluster
+from tests.cluster.kill_fixtures import BreakableCluster, breakable_cluster, wait_until
 
 from ckptd.config import load
 from ckptd.core import limits
@@ -196,10 +196,7 @@ def test_a_node_told_to_stop_finishes_what_it_takes_in(
         source.hold.set()
         reports = storing.result(timeout=30)
     assert {report.state for report in reports.values()} == {"durable"}
-    deadline_s = time.monotonic() + 20
-    while chained.pid("node1"):
-        assert time.monotonic() < deadline_s
-        time.sleep(0.05)
+    wait_until(lambda: not chained.pid("node1"), "the node to end")
     log = (chained.directory / "node1" / "node.log").read_text(encoding="utf-8")
     assert "config_reloaded" in log and "node_stopped" in log
     assert "Traceback" not in log

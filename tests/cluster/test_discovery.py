@@ -25,8 +25,10 @@ import pytest
 import yaml
 from tests.cluster.kill_fixtures import make_checkpoint
 
-from ckptd.client.cluster import Cluster, connect
+from ckptd.client.cluster import Cluster
+from ckptd.client.connect import connect
 from ckptd.client.local_cluster import LocalCluster
+from ckptd.client.local_node import read_node
 from ckptd.config import load
 from ckptd.core.quantities import Address
 from ckptd.discovery.announcer import announce
@@ -58,7 +60,7 @@ class AnnouncedCluster(LocalCluster):
             assert yaml.safe_load(path.read_text())["discovery"]["peers"] == []
 
     def address(self, node: str) -> Address:
-        config = self._node(node).config
+        config = read_node(self.directory / node).config
         assert config.node is not None
         return config.node.listen
 

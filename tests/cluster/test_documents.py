@@ -10,7 +10,8 @@ import pytest
 from msgspec import structs
 from tests.cluster.kill_fixtures import BreakableCluster, make_checkpoint, wait_until
 
-from ckptd.client.cluster import Cluster, connect
+from ckptd.client.cluster import Cluster
+from ckptd.client.connect import connect
 from ckptd.client.documents import confirm, next_order, publish, refusals, stored_on
 from ckptd.client.marks import pin, select_for_removal
 from ckptd.config import Config, TlsConfig, load

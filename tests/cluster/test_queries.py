@@ -27,7 +27,7 @@ from tests.cluster.kill_fixtures import (
 )
 
 from ckptd.cli import main
-from ckptd.client.cluster import connect
+from ckptd.client.connect import connect
 from ckptd.config import load
 from ckptd.core import documents
 from ckptd.core.signing import Signer

@@ -29,7 +29,7 @@ from tests.cluster.kill_fixtures import (
 )
 from tests.cluster.odd_checkpoints import TENSOR_TYPES, Recorded, make_odd_checkpoint
 
-from ckptd.client.cluster import connect
+from ckptd.client.connect import connect
 from ckptd.client.progress import Progress
 from ckptd.client.restore import RestoreResult, restore, restore_from_stores
 from ckptd.client.tensors import load_tensors
@@ -592,7 +592,7 @@ def test_when_all_copies_are_bad_nothing_is_served(
 _RESTORE_AND_DIE = """
 import os, signal, sys
 from pathlib import Path
-from ckptd.client.cluster import connect
+from ckptd.client.connect import connect
 from ckptd.client.progress import Progress
 from ckptd.client.restore import restore
 from ckptd.config import load

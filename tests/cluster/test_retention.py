@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import random
-import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 from tests.cluster.kill_fixtures import (
     DEADLINE_S,
+    kept_up,
     make_checkpoint,
     wait_until,
     write_safetensors,
@@ -40,12 +40,8 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     """Three workers and a coordinator with rules; who kills, brings back."""
     directory = tmp_path_factory.mktemp("retention") / "local"
     cluster = Watched(directory, count=3, settings=SETTINGS, coordinator=True)
-    try:
-        cluster.up()
+    with kept_up(cluster):
         yield cluster
-    finally:
-        cluster.kill("coordinator", *cluster.running())
-        shutil.rmtree(directory, ignore_errors=True)
 
 
 def shard_bytes(cluster: Watched, name: str) -> dict[str, int]:

@@ -22,8 +22,10 @@ from tests.cluster.kill_fixtures import (
     write_safetensors,
 )
 
+from ckptd.client import commit
 from ckptd.client import store as store_module
-from ckptd.client.cluster import Cluster, connect
+from ckptd.client.cluster import Cluster
+from ckptd.client.connect import connect
 from ckptd.client.documents import publish
 from ckptd.client.progress import Progress
 from ckptd.client.store import StoreResult
@@ -528,7 +530,7 @@ def test_nothing_is_published_before_its_shards_are_on_nodes_that_live(
         return await publish(connected, raw)
 
     monkeypatch.setattr(store_module._Store, "_manifest", make_and_kill)
-    monkeypatch.setattr(store_module, "publish", note_and_publish)
+    monkeypatch.setattr(commit, "publish", note_and_publish)
     assert cluster.store(path, "unpublished").state == "protected"
     assert all(len(nodes) == 2 for nodes in alive) and alive
 

@@ -31,7 +31,7 @@ from tests.cluster.kill_fixtures import (
 )
 
 import ckptd
-from ckptd.client.cluster import connect
+from ckptd.client.connect import connect
 from ckptd.client.progress import Progress
 from ckptd.config import load
 from ckptd.core.cutting import SourceFile, cut

@@ -67,7 +67,7 @@ def _write_file(path: Path, content: bytes) -> None:
         for start in range(0, len(content), 200_000):
             file.write(content[start : start + 200_000])
             file.flush()
-            time.sleep(FILE_S)
+            time.sleep(FILE_S)  # who watches shall see the file grow
 
 
 def _in_place(target: Path, files: Contents) -> None:
@@ -105,7 +105,7 @@ def train(habit: str, root: Path) -> None:
     """Writes all checkpoints of a training."""
     for number in range(1, NUMBERS + 1):
         HABITS[habit](root / place(habit, number), contents(habit, number))
-        time.sleep(STEP_S)
+        time.sleep(STEP_S)  # the training itself
 
 
 if __name__ == "__main__":

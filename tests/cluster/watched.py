@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.cluster.kill_fixtures import BreakableCluster, wait_until
+from tests.cluster.kill_fixtures import BreakableCluster, kept_up, wait_until
 
-from ckptd.client.cluster import connect
+from ckptd.client.connect import connect
 from ckptd.config import load
 from ckptd.net.loop import run as run_on_loop
 from ckptd.wire import messages
@@ -143,10 +143,6 @@ def put(source: Path, target: Path) -> None:
 @contextmanager
 def watched_cluster(directory: Path, **options: Any) -> Iterator[Watched]:
     """A running cluster with a coordinator, killed and removed at the end."""
-    cluster = Watched(directory, coordinator=True, **{"settings": SETTINGS, **options})
-    try:
-        cluster.up()
+    settings = {"settings": SETTINGS, **options}
+    with kept_up(Watched(directory, coordinator=True, **settings)) as cluster:
         yield cluster
-    finally:
-        cluster.kill("coordinator", *cluster.running())
-        shutil.rmtree(directory, ignore_errors=True)

@@ -19,8 +19,10 @@ from typing import Any, Final, TypeVar
 import psutil
 from tests.root.processes import wait_until
 
-from ckptd.client.cluster import Cluster, connect
-from ckptd.client.local_cluster import LocalCluster, LocalNode
+from ckptd.client.cluster import Cluster
+from ckptd.client.connect import connect
+from ckptd.client.local_cluster import LocalCluster
+from ckptd.client.local_node import LocalNode
 from ckptd.config import load
 from ckptd.net.bulk import BulkConnector, ShardSender, refusal
 from ckptd.net.loop import run as run_on_loop

@@ -23,7 +23,8 @@ from tests.simulation.kernel import Host, Process
 from tests.simulation.network import Network, SimulatedLoop
 from tests.simulation.threads import KERNEL
 
-from ckptd.client.cluster import Cluster, connect
+from ckptd.client.cluster import Cluster
+from ckptd.client.connect import connect
 from ckptd.client.pki import init_cluster, issue
 from ckptd.config import Config, check
 from ckptd.core import limits

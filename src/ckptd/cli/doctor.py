@@ -11,7 +11,7 @@ from ckptd.cli.tables import printable
 from ckptd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from ckptd.client.diagnosis import Finding
+    from ckptd.client.findings import Finding
 
 
 @click.command("doctor")
@@ -26,7 +26,8 @@ def doctor_command() -> int:
     """
     from msgspec import to_builtins
 
-    from ckptd.client.diagnosis import Finding, diagnose
+    from ckptd.client.diagnosis import diagnose
+    from ckptd.client.findings import Finding
 
     try:
         config = session().config()

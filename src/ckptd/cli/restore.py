@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import click
 
@@ -12,6 +13,18 @@ from ckptd.cli.session import session, shared_options
 from ckptd.cli.tables import size
 from ckptd.config import Config, find_config
 from ckptd.core.names import parse_selector
+
+if TYPE_CHECKING:
+    from ckptd.client.restore import RestoreResult
+
+
+class _Wanted(TypedDict):
+    """What is to be restored, and where to: the options of both ways to do it."""
+
+    to: Path | None
+    files: tuple[str, ...]
+    tensors: tuple[str, ...]
+    force: bool
 
 
 @click.command()
@@ -47,14 +60,7 @@ from ckptd.core.names import parse_selector
     help="Read this store directory of a mounted disk, without network or daemon. May be repeated.",
 )
 @shared_options
-def restore(
-    name: str,
-    to: Path | None,
-    files: tuple[str, ...],
-    tensors: tuple[str, ...],
-    force: bool,
-    stores: tuple[Path, ...],
-) -> None:
+def restore(name: str, stores: tuple[Path, ...], **wanted: Unpack[_Wanted]) -> None:
     """Restore the checkpoint NAME, byte for byte.
 
     NAME is a checkpoint (its newest version), NAME@VERSION (the first 8 or more hex digits),
@@ -81,51 +87,46 @@ def restore(
     Exit 4 when a shard has no good copy and all nodes have answered, 5 when a node that may have
     one does not answer.
     """
-    from ckptd.client import restore as engine
-    from ckptd.client.cluster import connect
-
     parse_selector(name)  # before anybody is asked
-    config = _config(needed=not stores)
+    if stores:
+        restoring = _from_stores(name, stores, _config_if_any(), wanted)
+    else:
+        restoring = _from_nodes(name, session().config(), wanted)
+    result = session().run(restoring)
+    session().emit(result.as_json(), _text(result))
 
-    async def work() -> engine.RestoreResult:
-        with shown_progress(f"restore {name}") as progress:
-            if stores:
-                return await engine.restore_from_stores(
-                    stores,
-                    name,
-                    config=config,
-                    to=to,
-                    files=files,
-                    tensors=tensors,
-                    force=force,
-                    progress=progress,
-                )
-            assert config is not None
-            async with connect(config) as cluster:
-                return await engine.restore(
-                    cluster,
-                    name,
-                    to=to,
-                    files=files,
-                    tensors=tensors,
-                    force=force,
-                    progress=progress,
-                )
 
-    result = session().run(work())
-    places = ", ".join(f"{place} {size(part)}" for place, part in result.sources.items())
+async def _from_nodes(name: str, config: Config, wanted: _Wanted) -> RestoreResult:
+    from ckptd.client.connect import connect
+    from ckptd.client.restore import restore
+
+    with shown_progress(f"restore {name}") as progress:
+        async with connect(config) as cluster:
+            return await restore(cluster, name, **wanted, progress=progress)
+
+
+async def _from_stores(
+    name: str, stores: tuple[Path, ...], config: Config | None, wanted: _Wanted
+) -> RestoreResult:
+    from ckptd.client.restore import restore_from_stores
+
+    with shown_progress(f"restore {name}") as progress:
+        return await restore_from_stores(stores, name, config=config, **wanted, progress=progress)
+
+
+def _config_if_any() -> Config | None:
+    found = find_config(session().config_flag, os.environ, Path.home())
+    return None if found is None else session().config()
+
+
+def _text(result: RestoreResult) -> str:
     lines = [
         f"{result.name}@{result.version[:12]} is in {result.to}: {size(result.bytes)} in "
         f"{result.seconds:.1f} s, every byte verified"
     ]
-    if places:
-        lines.append(f"from {places}")
+    if result.sources:
+        places = (f"{place} {size(part)}" for place, part in result.sources.items())
+        lines.append(f"from {', '.join(places)}")
     if result.fallbacks:
         lines.append(f"{result.fallbacks} times another copy was used; next: ckptd status")
-    session().emit(result.as_json(), "\n".join(lines))
-
-
-def _config(*, needed: bool) -> Config | None:
-    """The config. Store directories can be read without one: then None when there is none."""
-    found = find_config(session().config_flag, os.environ, Path.home())
-    return session().config() if needed or found is not None else None
+    return "\n".join(lines)

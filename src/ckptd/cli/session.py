@@ -77,7 +77,7 @@ def session() -> Session:
 
 def on_cluster(work: Callable[[Cluster], Coroutine[Any, Any, T]]) -> T:
     """Connects to the cluster of the config, runs `work` on it, and returns its result."""
-    from ckptd.client.cluster import connect
+    from ckptd.client.connect import connect
 
     config = session().config()
 

@@ -40,7 +40,7 @@ def store(path: Path, name: str | None, copies: int | None, as_is: bool) -> int:
 
     Exit 3 when it is stored but with fewer copies than wanted (too few nodes answer).
     """
-    from ckptd.client.cluster import connect
+    from ckptd.client.connect import connect
     from ckptd.client.store import StoreResult
     from ckptd.client.store import store as store_checkpoint
 

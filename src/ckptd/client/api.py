@@ -19,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from ckptd.client.cluster import Cluster, connect
+from ckptd.client.cluster import Cluster
+from ckptd.client.connect import connect
 from ckptd.client.listing import Checkpoint, list_checkpoints
 from ckptd.client.progress import Progress
 from ckptd.client.restore import RestoreResult

@@ -1,24 +1,19 @@
 """A client's view of the cluster: which nodes answer, what they know, who is missing.
 
-A client keeps no state: everything is asked anew, from as many nodes as answer. `search` tells
-how they are found.
+A client keeps no state: everything is asked anew, from as many nodes as answer. `connect` makes
+the connections, `search` tells how nodes are found.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-import msgspec
 import structlog
 from cryptography import x509
 
-from ckptd import __version__
 from ckptd.client.nodes import AbsentNode as AbsentNode
 from ckptd.client.nodes import Node as Node
 from ckptd.client.search import Search
@@ -27,20 +22,16 @@ from ckptd.core import bitmaps, limits
 from ckptd.core.admission import admit
 from ckptd.core.catalogue import Catalogue, VersionHeader
 from ckptd.core.documents import Document, Manifest, UnknownDocument
-from ckptd.core.identity import Identity, load_ca
-from ckptd.core.quantities import Address
+from ckptd.core.identity import Identity
 from ckptd.core.signing import Signer
 from ckptd.errors import (
     CkptdError,
     DocumentRefused,
-    NotAuthorized,
     NotEnoughNodes,
     NotFound,
     ProtocolError,
 )
 from ckptd.net.bulk import BulkConnector
-from ckptd.net.control import connect_control
-from ckptd.net.tls import check_peer, client_context
 from ckptd.wire import messages
 
 _log = structlog.get_logger(__name__)
@@ -422,103 +413,3 @@ def _version_header(version_id: str, header: messages.DocumentHeader) -> Version
         step=header.step,
         metrics=header.metrics,
     )
-
-
-@contextlib.asynccontextmanager
-async def connect(
-    config: Config, hello: Callable[[], messages.Hello] | None = None
-) -> AsyncIterator[Cluster]:
-    """Connects to all nodes that can be found, for the length of the context.
-
-    `hello` is what a node says of itself; whoever is no node needs none.
-    Nodes that do not answer are listed in `absent`; it is not an error if none does: commands
-    differ in what they need. Raises ConfigError for unusable certificates.
-    """
-    cluster = await _connect(config, hello)
-    try:
-        yield cluster
-    finally:
-        await cluster.close()
-
-
-async def _connect(config: Config, own_hello: Callable[[], messages.Hello] | None) -> Cluster:
-    tls = config.tls
-    context = client_context(tls.ca, tls.cert, tls.key)
-    signer = Signer.from_pem(tls.cert.read_bytes(), tls.key.read_bytes())
-    try:
-        identity = check_peer(signer.certificate_der, cluster=config.cluster)
-    except NotAuthorized as error:
-        error.next = "ckptd doctor"
-        raise
-    host = socket.gethostname()[:255]
-
-    def client_hello() -> messages.Hello:
-        return messages.Hello(
-            cluster=config.cluster,
-            node=identity.node_id,
-            roles=tuple(sorted(role.value for role in identity.roles)),
-            software=__version__,
-            clock_ms=int(time.time() * 1000),
-            highest_order=0,
-            address=host,
-        )
-
-    hello = own_hello or client_hello
-
-    revoked: set[str] = set()
-
-    async def reach(address: Address, expected: str) -> Node:
-        control = await connect_control(
-            address.host,
-            address.port,
-            context=context,
-            cluster=config.cluster,
-            hello=hello(),
-            expected_node_id=expected or None,
-            forgotten=revoked.__contains__,
-        )
-        try:
-            status, _ = await control.request(messages.GetStatus(), messages.NodeStatus)
-        except BaseException:
-            await control.close()
-            raise
-        return Node(control.node_id, control, address.host, control.hello.bulk_port, status)
-
-    nodes: dict[str, Node] = {}
-    absent: dict[str, AbsentNode] = {}
-    discovery = config.discovery
-    if own_hello is not None:
-        # A node listens all the time: what it heard is in what it says of its peers.
-        discovery = msgspec.structs.replace(discovery, mdns=False)
-    search = Search(config.cluster, discovery, nodes, absent, reach)
-    first = tuple(_first_addresses(config, own_hello))
-    cluster = Cluster(
-        config=config,
-        identity=identity,
-        signer=signer,
-        bulk=BulkConnector(context, config.cluster, hello, revoked.__contains__),
-        nodes=nodes,
-        absent=absent,
-        ca=load_ca(tls.ca.read_bytes()),
-        search=search,
-        first=first,
-        revoked=revoked,
-    )
-    try:
-        await search.run(first)
-    except BaseException:
-        await cluster.close()
-        raise
-    return cluster
-
-
-def _first_addresses(
-    config: Config, own_hello: Callable[[], messages.Hello] | None
-) -> Iterator[str]:
-    """Where to look first: the configured peers, and the node of this machine."""
-    yield from (str(address) for address in config.discovery.peers)
-    if config.node is not None and config.node.listen.port:
-        host, port = config.node.listen
-        yield str(Address({"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host), port))
-    elif own_hello is not None:
-        yield own_hello().address

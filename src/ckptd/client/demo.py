@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ckptd.client.cluster import connect
+from ckptd.client.connect import connect
 from ckptd.client.listing import Checkpoint, list_checkpoints
-from ckptd.client.local_cluster import LocalCluster, LocalNode
+from ckptd.client.local_cluster import LocalCluster
+from ckptd.client.local_node import LocalNode
 from ckptd.client.progress import Progress
 from ckptd.client.restore import restore
 from ckptd.client.sample import make_sample

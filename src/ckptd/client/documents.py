@@ -10,7 +10,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncIterator, Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Final, get_args
+from typing import Final, Literal, TypedDict, get_args
 
 from ckptd.client.cluster import Admitted, Cluster, Node
 from ckptd.core import documents, limits
@@ -39,11 +39,26 @@ async def next_order(cluster: Cluster, catalogue: Catalogue, now_ms: int) -> int
     return max(now_ms, 1 + catalogue.highest_order)
 
 
-async def stamp(cluster: Cluster, catalogue: Catalogue) -> tuple[int, str, str]:
-    """Order, creation time and nonce of a new document."""
+class Stamp(TypedDict):
+    """What every document says of its making."""
+
+    format: Literal[1]
+    cluster: str
+    order: int
+    created: str
+    nonce: str
+
+
+async def stamp(cluster: Cluster, catalogue: Catalogue) -> Stamp:
+    """That of a new document."""
     now = datetime.now(UTC)
-    order = await next_order(cluster, catalogue, int(now.timestamp() * 1000))
-    return order, now.strftime("%Y-%m-%dT%H:%M:%SZ"), secrets.token_hex(16)
+    return Stamp(
+        format=1,
+        cluster=cluster.cluster,
+        order=await next_order(cluster, catalogue, int(now.timestamp() * 1000)),
+        created=now.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        nonce=secrets.token_hex(16),
+    )
 
 
 async def write(cluster: Cluster, catalogue: Catalogue, document: Document) -> None:

@@ -15,22 +15,23 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import shutil
-import signal
 import socket
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import yaml
 
 from ckptd.client import pki
-from ckptd.config import Config, check
+from ckptd.client.local_node import (
+    LocalNode,
+    has_current_config,
+    read_node,
+    running_pid,
+    start,
+    stop,
+)
+from ckptd.config import check
 from ckptd.core.identity import Role
 from ckptd.errors import CkptdError, ConfigError, NotFound, UsageError
 
@@ -49,47 +50,6 @@ OWNER: Final = "owner"
 NODES_MAX: Final = 16
 _PORTS: Final = range(20_000, 32_000)
 _PORT_TRIES_MAX: Final = 1000
-_START_TIMEOUT_S: Final = 30.0
-_STOP_TIMEOUT_S: Final = 15.0
-
-
-@dataclass(frozen=True)
-class LocalNode:
-    """One daemon of an embedded cluster. `pid` is 0 while it does not run."""
-
-    id: str
-    directory: Path
-    config: Config
-    pid: int
-
-    @property
-    def config_path(self) -> Path:
-        return self.directory / "ckptd.yml"
-
-    def describe(self) -> dict[str, Any]:
-        """As `ckptd local up --json` lists it."""
-        assert self.config.node is not None
-        scheme = "https" if self.config.observe.tls else "http"
-        described = {
-            "id": self.id,
-            "pid": self.pid,
-            "config": str(self.config_path),
-            "address": str(self.config.node.listen),
-            "data_dir": str(self.data_directory),
-            "metrics_url": f"{scheme}://{self.config.observe.listen}/metrics",
-        }
-        if self.config.is_coordinator:
-            described["watch_root"] = str(self.config.watch[0].root)
-        return described
-
-    @property
-    def data_directory(self) -> Path:
-        """A worker's store, or a coordinator's state."""
-        assert self.config.node is not None
-        if self.config.store is not None:
-            return self.config.store.path
-        assert self.config.node.state is not None, "it is a coordinator"
-        return self.config.node.state
 
 
 class LocalCluster:
@@ -128,12 +88,12 @@ class LocalCluster:
         self._settings.write_text(yaml.safe_dump(overrides), encoding="utf-8")
         starting = []
         for node in [*self.nodes(), *self._coordinators()]:
-            if node.pid and not _config_is_current(node):
-                _stop([node.pid])
-            if not _running(node.directory):
-                starting.append((node, *self._start(node)))
-        for node, process, ready in starting:
-            self._wait_ready(node, process, ready)
+            if node.pid and not has_current_config(node):
+                stop([node.pid])
+            if not running_pid(node.directory):
+                starting.append(start(node))
+        for started in starting:
+            started.wait()
         return self.nodes()
 
     @property
@@ -152,28 +112,21 @@ class LocalCluster:
         if not self._node_ids():
             raise NotFound(f"no local cluster in {self.directory}", next="ckptd local up")
         running = [node for node in [*self._coordinators(), *self.nodes()] if node.pid]
-        _stop([node.pid for node in running])
+        stop([node.pid for node in running])
         return [node.id for node in running]
 
     def nodes(self) -> list[LocalNode]:
         """The workers as they are now."""
-        return [self._node(node_id) for node_id in self._node_ids()]
+        return [read_node(self.directory / node_id) for node_id in self._node_ids()]
 
     def coordinator(self) -> LocalNode | None:
         """The coordinator as it is now; None in a cluster that an earlier version made."""
-        made = (self.directory / COORDINATOR / "ckptd.yml").exists()
-        return self._node(COORDINATOR) if made else None
+        directory = self.directory / COORDINATOR
+        return read_node(directory) if (directory / "ckptd.yml").exists() else None
 
     def _coordinators(self) -> list[LocalNode]:
         found = self.coordinator()
         return [] if found is None else [found]
-
-    def _node(self, node_id: str) -> LocalNode:
-        directory = self.directory / node_id
-        config, errors = check((directory / "ckptd.yml").read_text(encoding="utf-8"))
-        if config is None:
-            raise errors[0]
-        return LocalNode(node_id, directory, config, _running(directory))
 
     def describe(self) -> dict[str, Any]:
         """As `ckptd local up --json` prints it."""
@@ -289,56 +242,6 @@ class LocalCluster:
             return list(settings) if isinstance(settings, list) else [settings]
         return [{"root": str(self.watch_root), **WATCH_DEFAULTS, **settings}]
 
-    # -- running
-
-    def _start(self, node: LocalNode) -> tuple[subprocess.Popen[bytes], socket.socket]:
-        """Starts a daemon in a session of its own; it says on the socket when it serves."""
-        place = tempfile.mkdtemp(prefix="ckptd-")
-        ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        try:
-            ready.bind(os.path.join(place, "ready"))
-            environment = {**os.environ, "NOTIFY_SOCKET": os.path.join(place, "ready")}
-            command = [sys.executable, "-m", "ckptd", "serve", "--init", "--config"]
-            with open(node.directory / "node.log", "ab") as log:
-                process = subprocess.Popen(
-                    [*command, str(node.config_path)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                    env=environment,
-                    cwd="/",
-                )
-        except BaseException:
-            ready.close()
-            shutil.rmtree(place, ignore_errors=True)
-            raise
-        (node.directory / "pid").write_text(f"{process.pid}\n", encoding="ascii")
-        shutil.copyfile(node.config_path, node.directory / "running.yml")
-        return process, ready
-
-    def _wait_ready(
-        self, node: LocalNode, process: subprocess.Popen[bytes], ready: socket.socket
-    ) -> None:
-        place = os.path.dirname(ready.getsockname())
-        deadline_s = time.monotonic() + _START_TIMEOUT_S
-        try:
-            ready.settimeout(0.1)
-            while time.monotonic() < deadline_s:
-                with contextlib.suppress(TimeoutError):
-                    if ready.recv(100).startswith(b"READY=1"):
-                        return
-                if process.poll() is not None:
-                    break
-        finally:
-            ready.close()
-            shutil.rmtree(place, ignore_errors=True)
-        log = (node.directory / "node.log").read_text(encoding="utf-8", errors="replace")
-        last = " | ".join(log.strip().splitlines()[-3:])
-        raise CkptdError(
-            f"{node.id} does not start: {last}", next=f"tail {node.directory / 'node.log'}"
-        )
-
 
 def parse_settings(settings: Sequence[str]) -> dict[str, Any]:
     """KEY=VALUE with dotted keys as nested mappings; values are YAML. Raises UsageError."""
@@ -396,60 +299,3 @@ def _free_port(held: contextlib.ExitStack) -> int:
             probe.bind(("127.0.0.1", random.choice(_PORTS)))
             return int(probe.getsockname()[1])
     raise CkptdError("no free port on 127.0.0.1", next="ss -ltn")
-
-
-def _config_is_current(node: LocalNode) -> bool:
-    """Whether a running daemon was started with the config as it is now."""
-    try:
-        started_with = (node.directory / "running.yml").read_bytes()
-    except OSError:
-        return False
-    return started_with == node.config_path.read_bytes()
-
-
-def _running(directory: Path) -> int:
-    """The pid of the daemon of a node, 0 when it does not run.
-
-    A pid alone proves nothing, as it may be somebody else's by now: the command line must name
-    the node's config.
-    """
-    try:
-        pid = int((directory / "pid").read_text(encoding="ascii"))
-        shown = subprocess.run(
-            ["ps", "-ww", "-o", "stat=,args=", "-p", str(pid)],
-            capture_output=True,
-            check=False,
-            text=True,
-        ).stdout
-    except (OSError, ValueError):
-        return 0
-    zombie = shown.lstrip().startswith("Z")
-    return pid if str(directory / "ckptd.yml") in shown and not zombie else 0
-
-
-def _stop(pids: list[int]) -> None:
-    """SIGTERM, then SIGKILL for whoever takes longer than _STOP_TIMEOUT_S."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)
-    deadline_s = time.monotonic() + _STOP_TIMEOUT_S
-    left = [pid for pid in pids if _alive(pid)]
-    while left and time.monotonic() < deadline_s:
-        time.sleep(0.02)
-        left = [pid for pid in left if _alive(pid)]
-    for pid in left:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
-def _alive(pid: int) -> bool:
-    with contextlib.suppress(ChildProcessError):
-        if os.waitpid(pid, os.WNOHANG)[0] == pid:  # our own child: take its end
-            return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -82,13 +82,8 @@ async def remove(cluster: Cluster, catalogue: Catalogue, versions: Sequence[Vers
     when this certificate may not remove."""
     for start in range(0, len(versions), limits.TOMBSTONE_VERSIONS_MAX):
         batch = versions[start : start + limits.TOMBSTONE_VERSIONS_MAX]
-        order, created, nonce = await stamp(cluster, catalogue)
         tombstone = Tombstone(
-            format=1,
-            cluster=cluster.cluster,
-            order=order,
-            created=created,
-            nonce=nonce,
+            **await stamp(cluster, catalogue),
             reason="rm",
             versions=tuple(version.id for version in batch),
             contents=removed_contents(batch),
@@ -118,9 +113,8 @@ async def undelete(cluster: Cluster, selector: str) -> Undeleted:
     if manifest.name != removed.name:
         raise NotFound(f"version {removed.id} is not one of {removed.name}", next="ckptd status")
     await _require_shards(cluster, manifest, removed.label)
-    order, created, nonce = await stamp(cluster, catalogue)
     renewed = structs.replace(
-        manifest, order=order, created=created, nonce=nonce, host=socket.gethostname()[:255]
+        manifest, **await stamp(cluster, catalogue), host=socket.gethostname()[:255]
     )
     raw = documents.encode(renewed)
     version_id = documents.document_id(raw)
@@ -186,15 +180,7 @@ async def pin(cluster: Cluster, selector: str) -> Marked:
         )
     if catalogue.pins(chosen.id):
         return Marked(chosen.name, (chosen.id,), pinned=True, changed=False)
-    order, created, nonce = await stamp(cluster, catalogue)
-    mark = Pin(
-        format=1,
-        cluster=cluster.cluster,
-        order=order,
-        created=created,
-        nonce=nonce,
-        version=chosen.id,
-    )
+    mark = Pin(**await stamp(cluster, catalogue), version=chosen.id)
     await write(cluster, catalogue, mark)
     return Marked(chosen.name, (chosen.id,), pinned=True, changed=True)
 
@@ -210,13 +196,8 @@ async def unpin(cluster: Cluster, selector: str) -> Marked:
     pinned = tuple(version_id for version_id, found in pins.items() if found)
     if not pinned:
         return Marked(newest.name, (), pinned=False, changed=False)
-    order, created, nonce = await stamp(cluster, catalogue)
     mark = Unpin(
-        format=1,
-        cluster=cluster.cluster,
-        order=order,
-        created=created,
-        nonce=nonce,
+        **await stamp(cluster, catalogue),
         pins=tuple(sorted(pin for found in pins.values() for pin in found)),
     )
     await write(cluster, catalogue, mark)

@@ -61,15 +61,7 @@ async def drain(cluster: Cluster, node: str) -> Marked:
         raise Refused(f"{node} is no worker: it keeps no copies", next="ckptd nodes")
     draining = catalogue.roster.is_draining(node)
     if not draining:
-        order, created, nonce = await stamp(cluster, catalogue)
-        mark = Drain(
-            format=1,
-            cluster=cluster.cluster,
-            order=order,
-            created=created,
-            nonce=nonce,
-            node=node,
-        )
+        mark = Drain(**await stamp(cluster, catalogue), node=node)
         await write(cluster, catalogue, mark)
     found = await survey_versions(cluster, catalogue, catalogue.live_versions())
     left = await _copies_left(cluster, catalogue, found, node)
@@ -81,15 +73,7 @@ async def undrain(cluster: Cluster, node: str) -> Marked:
     catalogue = await _members(cluster, node)
     drains = catalogue.roster.drains(node)
     if drains:
-        order, created, nonce = await stamp(cluster, catalogue)
-        mark = Undrain(
-            format=1,
-            cluster=cluster.cluster,
-            order=order,
-            created=created,
-            nonce=nonce,
-            drains=drains[: limits.MARKS_MAX],
-        )
+        mark = Undrain(**await stamp(cluster, catalogue), drains=drains[: limits.MARKS_MAX])
         await write(cluster, catalogue, mark)
     return await _marked(cluster, node, changed=bool(drains))
 
@@ -106,13 +90,8 @@ async def maintain(cluster: Cluster, node: str, seconds: float) -> Marked:
             next=f"ckptd maintenance {node} --for {most}",
         )
     catalogue = await _members(cluster, node)
-    order, created, nonce = await stamp(cluster, catalogue)
     mark = Maintenance(
-        format=1,
-        cluster=cluster.cluster,
-        order=order,
-        created=created,
-        nonce=nonce,
+        **await stamp(cluster, catalogue),
         node=node,
         seconds=round(seconds),
     )
@@ -155,13 +134,8 @@ async def forget(cluster: Cluster, farewell: Farewell) -> Marked:
             f"no worker besides {node} answers: nobody would keep in mind that it was forgotten",
             next="ckptd nodes",
         )
-    order, created, nonce = await stamp(cluster, catalogue)
     mark = Forget(
-        format=1,
-        cluster=cluster.cluster,
-        order=order,
-        created=created,
-        nonce=nonce,
+        **await stamp(cluster, catalogue),
         node=node,
         serials=farewell.serials[: limits.MARKS_MAX],
         drains=roster.drains(node)[: limits.MARKS_MAX],

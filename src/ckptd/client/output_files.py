@@ -129,11 +129,7 @@ class OutputFiles:
             entry = self._open.pop(key, None)
             if entry is None:
                 self._make_room()
-                flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
-                entry = _Open(os.open(self.path(output), flags))
-                if past_cache and not OPERATING_SYSTEM.bypass_cache(entry.descriptor, True):
-                    os.close(entry.descriptor)
-                    raise _CannotBypass
+                entry = _Open(self._descriptor(output, past_cache=past_cache))
             self._open[key] = entry
             entry.users += 1
         try:
@@ -145,6 +141,16 @@ class OutputFiles:
         finally:
             with self._lock:
                 entry.users -= 1
+
+    def _descriptor(self, output: int, *, past_cache: bool) -> int:
+        descriptor = os.open(self.path(output), os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if past_cache and not OPERATING_SYSTEM.bypass_cache(descriptor, True):
+                raise _CannotBypass
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
 
     def _make_room(self) -> None:
         if len(self._open) >= _OPEN_MAX:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import secrets
 import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -22,21 +20,21 @@ from typing import Any, Literal, NamedTuple
 import structlog
 
 from ckptd.client.cluster import Cluster
-from ckptd.client.documents import next_order, publish
+from ckptd.client.commit import Commit
+from ckptd.client.documents import stamp
 from ckptd.client.hashing import BytesReader, HashedShard, PieceReader, SourceHasher, hash_file
 from ckptd.client.manifest_entries import entries_of, shards_of
 from ckptd.client.progress import Progress
 from ckptd.client.room import check_room
 from ckptd.client.source import Source, scan
 from ckptd.client.transfers import Shard, Transfers
-from ckptd.core import bitmaps, documents, limits, tensor_index
+from ckptd.core import documents, limits, tensor_index
 from ckptd.core.catalogue import Catalogue
 from ckptd.core.cutting import cut
 from ckptd.core.documents import Manifest, ShardReference
 from ckptd.core.names import check_name
 from ckptd.errors import (
     CkptdError,
-    NotEnoughNodes,
     NotFound,
     SourceChanged,
     SourceRefused,
@@ -150,7 +148,9 @@ class _Store:
             hashes = await self._send_shards(source)
             await asyncio.to_thread(_check_still, source, hashes)
             manifest, raw = await self._manifest(catalogue, source, hashes)
-            reached = await self._commit(manifest, raw)
+            reached = await Commit(
+                cluster, self._transfers, self._shards, name=self._name, copies=self._copies
+            ).run(manifest, raw)
         except BaseExceptionGroup as group:
             raise _cause(group) from group
         finally:
@@ -322,15 +322,10 @@ class _Store:
             same = await self._same_version(newest.id, source)
             if same is not None:
                 return same
-        now = datetime.now(UTC)
         manifest = Manifest(
-            format=1,
-            cluster=self._cluster.cluster,
+            **await stamp(self._cluster, catalogue),
             name=self._name,
-            order=await next_order(self._cluster, catalogue, int(now.timestamp() * 1000)),
-            created=now.strftime("%Y-%m-%dT%H:%M:%SZ"),
             host=socket.gethostname()[:255],
-            nonce=secrets.token_hex(16),
             unit="file" if source.unit == "file" else "directory",
             content_id=content_id,
             copies=self._copies,
@@ -385,78 +380,6 @@ class _Store:
             return None
         wanted = self._index_digest.hex()
         return next(i for i, reference in enumerate(references) if reference.shard == wanted)
-
-    # -- commit
-
-    async def _commit(self, manifest: Manifest, raw: bytes) -> int:
-        """Publishes the manifest until every shard has its copies or no node is left to take one;
-        the smallest number of copies."""
-        await self._replace_lost()
-        reached = 0
-        for _ in range(limits.COMMIT_ROUNDS_MAX):
-            results = await publish(self._cluster, raw)
-            accepted = {node: r for node, r in results.items() if not r.refused}
-            if not accepted:
-                reasons = "; ".join(f"{node}: {r.refused}" for node, r in results.items())
-                raise NotEnoughNodes(
-                    f"no node took the manifest of {self._name} ({reasons or 'none answers'})",
-                    next="ckptd status",
-                )
-            lacking, reached = self._count(manifest, accepted)
-            if not await self._send_again(lacking):
-                break
-        if reached == 0:
-            raise NotEnoughNodes(
-                f"all nodes with some shard of {self._name} died while it was being stored",
-                next="ckptd nodes",
-            )
-        return reached
-
-    async def _replace_lost(self) -> None:
-        """Before the version exists: copies on nodes that died since they took them are made
-        anew. Raises NotEnoughNodes or NoRoom when a shard is on no node that answers."""
-        await self._cluster.refresh()
-        await self._transfers.readmit_lost()
-        for shard in self._shards.values():
-            shard.holders &= self._cluster.nodes.keys()
-        await self._send_again(
-            [
-                shard
-                for shard in self._shards.values()
-                if self._transfers.distinct(shard.holders) < self._copies
-            ]
-        )
-        for shard in self._shards.values():
-            if not shard.holders:
-                raise self._transfers.why_nowhere(shard)
-
-    async def _send_again(self, lacking: list[Shard]) -> bool:
-        """Sends shards that lack copies; whether that changed anything."""
-        before = [set(shard.holders) for shard in lacking]
-        async with asyncio.TaskGroup() as group:
-            for shard in lacking:
-                group.create_task(self._transfers.protect(shard), name=shard.digest.hex())
-        return before != [shard.holders for shard in lacking]
-
-    def _count(
-        self, manifest: Manifest, results: dict[str, messages.PutDocumentResult]
-    ) -> tuple[list[Shard], int]:
-        """Shards without all their copies according to the nodes' bitmaps, and the smallest
-        number of copies. Only nodes that hold the manifest durably count."""
-        counted = {
-            node: list(bitmaps.unpack(result.bitmap or b"", len(manifest.shards)))
-            for node, result in results.items()
-        }
-        reached = self._transfers.distinct(counted)
-        lacking = []
-        for index, reference in enumerate(manifest.shards):
-            shard = self._shards[bytes.fromhex(reference.shard)]
-            shard.holders = {node for node, held in counted.items() if held[index]}
-            copies = self._transfers.distinct(shard.holders)
-            reached = min(reached, copies)
-            if copies < self._copies:
-                lacking.append(shard)
-        return lacking, reached
 
 
 def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -18,7 +18,8 @@ from typing import Final
 
 import structlog
 
-from ckptd.client.cluster import Cluster, connect
+from ckptd.client.cluster import Cluster
+from ckptd.client.connect import connect
 from ckptd.client.progress import Progress
 from ckptd.client.store import StoreResult
 from ckptd.config import Role

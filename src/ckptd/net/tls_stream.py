@@ -45,7 +45,9 @@ class TlsStream:
         return self._raw.fileno()
 
     def settimeout(self, timeout_s: float) -> None:
-        """How long one call may take; a `sendall` as a whole. Makes the socket a blocking one."""
+        """The longest that the peer may take nothing, or send nothing. It holds for each wait on
+        the socket: of a `sendall`, for each piece of RECORDS_BYTES and not for the whole call.
+        Makes the socket a blocking one."""
         self._raw.settimeout(timeout_s)
 
     # -- the handshake
@@ -162,7 +164,8 @@ class TlsStream:
         return size
 
     def sendall(self, view: memoryview) -> None:
-        """Sends all of `view`."""
+        """Sends all of `view`. The timeout holds for each piece of RECORDS_BYTES: a peer that takes
+        one just in time, again and again, is not too slow for this call as a whole."""
         while view:
             count = self._tls.write(view[:RECORDS_BYTES])
             view = view[count:]

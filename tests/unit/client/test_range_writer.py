@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ckptd.client.output_files import OutputFile, OutputFiles
 from ckptd.client.range_writer import BlockRange, PlainRange, range_of_file
 from ckptd.core.limits import BULK_BUFFER_BYTES, MIB
+from ckptd.errors import Refused
 from ckptd.store.filesystem import BLOCK_BYTES, OPERATING_SYSTEM
 
 
@@ -103,3 +104,23 @@ def test_a_real_file_gets_its_bytes(
     outputs.finish(0)
     outputs.close()
     assert (tmp_path / "f").read_bytes() == b"12345" + content
+
+
+def test_no_file_stays_open_when_the_disk_fails_at_opening_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def bypass_cache(descriptor: int, on: bool) -> bool:
+        opened.append(descriptor)
+        raise OSError(errno.EIO, "gone")
+
+    outputs = OutputFiles(str(tmp_path), [OutputFile("f", BLOCK_BYTES, 0o600)])
+    outputs.preallocate()
+    monkeypatch.setattr(OPERATING_SYSTEM, "bypass_cache", bypass_cache, False)
+    with pytest.raises(Refused, match="gone"):
+        outputs.write_blocks(0, memoryview(bytes(BLOCK_BYTES)), 0)
+    outputs.close()
+    (descriptor,) = opened
+    with pytest.raises(OSError, match=os.strerror(errno.EBADF)):
+        os.fstat(descriptor)

@@ -38,7 +38,7 @@ def assert_served(node: RunningNode, port: str) -> None:
                 return
         except OSError:
             assert time.monotonic() < deadline_s
-            time.sleep(0.05)
+            time.sleep(0.05)  # before the next try
 
 
 @contextlib.contextmanager
@@ -100,7 +100,7 @@ def test_a_handshake_makes_room_only_when_it_takes_too_long(
             monkeypatch.setattr(limits, "EVICT_HANDSHAKE_AFTER_S", 0.0)
             assert waiting.admit(socks[share + 1], "a") is not None
             tasks = [each.task for each in pending if each.task is not None]
-            await asyncio.wait(tasks, timeout=0.1)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             assert [task.cancelled() for task in tasks] == [True] + [False] * (share - 1)
             for task in tasks:
                 task.cancel()

@@ -156,7 +156,7 @@ def test_frames_of_a_busy_connection_never_count_as_one_slow_frame(
         while time.monotonic() - started_s < 2.5:  # always in the middle of a frame
             peer.sock.sendall(ping[20:] + ping[:20])
             assert isinstance(peer.receive()[1], messages.NodeStatus)
-            time.sleep(0.05)
+            time.sleep(0.05)  # a peer that asks now and then, for longer than a frame may take
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.cluster.kill_fixtures import wait_until
 from tests.unit.node.running_nodes import RunningNode, identity
 from tests.unit.node.test_bulk_service import SIZE, greeted, put, shard
 
-from ckptd.client.cluster import connect
+from ckptd.client.connect import connect
 from ckptd.config import check
 from ckptd.core import documents
 from ckptd.core.catalogue import Catalogue
