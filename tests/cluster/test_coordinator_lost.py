@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -150,20 +151,28 @@ def retention_goes_on(cluster: Watched, work: Path, versions: list[str]) -> None
 
 def repair_goes_on(cluster: Watched) -> None:
     """A worker dies for good, and everything has its copies again on those that are left."""
+    rows = listed(cluster)
+    catalogue = cluster.store_path("node1") / "catalogue"
+    named = {
+        shard["shard"]
+        for row in rows
+        for shard in json.loads((catalogue / f"{row['version']}.json").read_bytes())["shards"]
+    }
+
+    def holders() -> list[set[str]]:
+        held = cluster.all_shards()
+        return [held[shard] for shard in named]
+
+    assert any("node3" in nodes for nodes in holders())
     cluster.kill("node3")
-    live = {"node1", "node2"}
-    names = {row["name"] for row in listed(cluster)}
-
-    def copies_are_back() -> bool:
-        state = cluster.status()
-        return state["steward"] == NEW and state["under_replicated_shards"] == 0
-
-    wait_until(lambda: not copies_are_back(), "the death to be noticed")
-    wait_until(copies_are_back, "repair", timeout_s=60)
-    for name in names:
-        cluster.wait_protected(name)
-    held = cluster.all_shards()
-    assert held and all(live <= set(nodes) for nodes in held.values())
+    wait_until(
+        lambda: all({"node1", "node2"} <= nodes for nodes in holders()),
+        "two copies of everything on those that are left",
+        timeout_s=60,
+    )
+    for row in rows:
+        cluster.wait_protected(row["name"])
+    assert cluster.status()["steward"] == NEW
 
 
 def test_an_emptied_directory_is_filled_again_by_local_up(tmp_path: Path) -> None:

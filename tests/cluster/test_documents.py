@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 from msgspec import structs
-from tests.cluster.kill_fixtures import BreakableCluster, make_checkpoint, wait_until
+from tests.cluster.kill_fixtures import BreakableCluster, make_checkpoint, tree, wait_until
 
 from ckptd.client.cluster import Cluster
 from ckptd.client.connect import connect
 from ckptd.client.documents import confirm, next_order, publish, refusals, stored_on
 from ckptd.client.marks import pin, select_for_removal
+from ckptd.client.store import store
 from ckptd.config import Config, TlsConfig, load
 from ckptd.core import documents
 from ckptd.core.catalogue import Catalogue
@@ -103,6 +105,42 @@ def test_a_node_that_lies_about_a_name_makes_nobody_remove_or_pin_another_checkp
         assert await select_for_removal(connected, known, [name]) == [header]
 
     on(cluster, work)
+
+
+@pytest.mark.parametrize("lie", ["name", "content"])
+def test_a_node_that_lies_about_a_version_makes_nobody_take_it_for_a_new_one(
+    cluster: BreakableCluster, new_name: NewName, tmp_path: Path, lie: str
+) -> None:
+    """Else what was to be stored would be said to be protected, and be nowhere."""
+    name = new_name()
+    other = new_name() if lie == "name" else name
+    source = make_checkpoint(tmp_path / "a", name, size=4096)
+    wanted = source
+    if lie == "content":  # the same shards, under another file name
+        wanted = Path(shutil.copytree(source, tmp_path / "b"))
+        (wanted / "optimizer.pt").rename(wanted / "optimizer.bin")
+    stored = cluster.store(source, name)
+    known = cluster.store(wanted, new_name())
+
+    async def work(connected: Cluster) -> str:
+        catalogue = await connected.catalogue()
+        header, right = (catalogue.version(each.version) for each in (stored, known))
+        assert header is not None and right is not None
+        told = Catalogue(connected.cluster)
+        false = structs.replace(header, name=other, content_id=right.content_id)
+        told.add_unverified(false)
+
+        async def lying() -> Catalogue:
+            return told
+
+        connected.catalogue = lying  # type: ignore[method-assign,assignment]
+        return (await store(connected, wanted, name=other)).version
+
+    version = on(cluster, work)
+    assert version != stored.version
+    out = tmp_path / "out"
+    assert cluster.command("restore", f"{other}@{version}", "--to", out).code == 0
+    assert tree(out) == tree(wanted)
 
 
 def test_who_may_not_write_a_document_is_told_before_anything_is_sent(

@@ -319,7 +319,7 @@ class _Store:
         content_id = documents.content_id(entries)
         newest = catalogue.newest(self._name)
         if newest is not None and newest.content_id == content_id:
-            same = await self._same_version(newest.id, source)
+            same = await self._same_version(newest.id, source, content_id)
             if same is not None:
                 return same
         manifest = Manifest(
@@ -346,15 +346,20 @@ class _Store:
             )
         return manifest, raw
 
-    async def _same_version(self, version: str, source: Source) -> tuple[Manifest, bytes] | None:
-        """The newest version again, which has this content. It may be cut in another way (with
-        another shard size): then its own shards are completed."""
+    async def _same_version(
+        self, version: str, source: Source, content_id: str
+    ) -> tuple[Manifest, bytes] | None:
+        """The newest version again, if it has this name and content. It may be cut in another way
+        (with another shard size): then its own shards are completed."""
         try:
             signed = await self._cluster.signed(version)
         except NotFound:
             return None
         manifest = self._cluster.admit(signed)[1]
-        if not isinstance(manifest, Manifest):
+        # What nodes tell of a version counts only as far as its document says the same.
+        if not isinstance(manifest, Manifest) or manifest.name != self._name:
+            return None
+        if manifest.content_id != content_id:
             return None
         if manifest.copies > self._copies:  # it was stored with more: they stay wanted
             self._copies = manifest.copies
