@@ -154,9 +154,9 @@ def repair_goes_on(cluster: Watched) -> None:
     rows = listed(cluster)
     catalogue = cluster.store_path("node1") / "catalogue"
     named = {
-        shard["shard"]
+        shard
         for row in rows
-        for shard in json.loads((catalogue / f"{row['version']}.json").read_bytes())["shards"]
+        for shard, _ in json.loads((catalogue / f"{row['version']}.json").read_bytes())["shards"]
     }
 
     def holders() -> list[set[str]]:
