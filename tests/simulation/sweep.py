@@ -20,20 +20,24 @@ _pki: Pki | None = None
 
 
 def pki() -> Pki:
-    """Certificates of this process."""
+    """Certificates of this process, made with real chance; from then on nothing else is real."""
     global _pki
     if _pki is None:
         directory = ram_directory()
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
         _pki = Pki(directory / "pki")
+        substitutes.install()
+        gc.collect()
+        gc.freeze()  # what modules have made need not be looked through after each seed
     return _pki
 
 
 def run_one(seed: int, write: Callable[[str], None] | None = None) -> Outcome:
     """One seed. Nothing is collected meanwhile: when that happens must not change anything."""
+    certificates = pki()
     gc.disable()
     try:
-        return run_seed(seed, pki(), write=write)
+        return run_seed(seed, certificates, write=write)
     finally:
         gc.enable()
         gc.collect()
@@ -80,8 +84,7 @@ def hunt(task: tuple[int, int]) -> tuple[str, int | None, str, float]:
     number, seeds = task
     mutant = MUTANTS[number]
     began_s = time.perf_counter()
-    pki()  # made with real chance
-    substitutes.install()
+    pki()
     mutant.plant()
     for seed in range(seeds):
         outcome = run_one(seed)
