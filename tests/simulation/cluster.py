@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import random
 import shutil
 import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 from unittest import mock
 
-import yaml
 from cryptography import x509
 from tests.simulation import network as networks
 from tests.simulation import substitutes
@@ -27,7 +28,6 @@ from ckptd.client.cluster import Cluster
 from ckptd.client.connect import connect
 from ckptd.client.pki import init_cluster, issue
 from ckptd.config import Config, check
-from ckptd.core import limits
 from ckptd.core.identity import Role
 from ckptd.core.signing import Signer
 from ckptd.node.daemon import Node
@@ -41,7 +41,16 @@ COORDINATORS = ("mac1", "mac2")
 PORT = 7701
 
 # Looks that cost nothing on a real node, and most of the time of a simulation.
-_SLOWER: Final = {"REPAIR_LOOK_S": 8.0, "REPAIR_SURPLUS_INTERVAL_S": 60.0, "REBALANCE_LOOK_S": 60.0}
+_SLOWER: Final = {
+    "ckptd.core.limits": {
+        "REPAIR_LOOK_S": 8.0,
+        "REPAIR_SURPLUS_INTERVAL_S": 60.0,
+        "REBALANCE_LOOK_S": 60.0,
+        "INTERFACES_CHECK_INTERVAL_S": 60.0,
+    },
+    "ckptd.node.retention": {"_LOOK_S": 5.0},
+    "ckptd.coordinator.part": {"_AWAKE_CHECK_S": 60.0},
+}
 
 
 def ram_directory() -> Path:
@@ -68,6 +77,11 @@ class Pki:
     def signer(self, name: str) -> Signer:
         at = self.directory
         return Signer.from_pem((at / f"{name}.pem").read_bytes(), (at / f"{name}.key").read_bytes())
+
+    def state(self, name: str) -> Path:
+        """Of a coordinator. Its documents are on a simulated disk; the directory is made for real,
+        and stays empty."""
+        return self.directory / "state" / name
 
     def section(self, name: str) -> dict[str, str]:
         at = self.directory
@@ -96,9 +110,7 @@ class Settings:
     retention: tuple[tuple[dict[str, object], ...], ...] = ((), ())
 
 
-def _config(
-    pki: Pki, settings: Settings, name: str, role: str | None, address: str, state: Path
-) -> Config:
+def _config(pki: Pki, settings: Settings, name: str, role: str | None, address: str) -> Config:
     peers = [f"10.0.0.{number + 1}:{PORT}" for number in range(settings.workers)]
     document: dict[str, Any] = {
         "cluster": CLUSTER,
@@ -127,11 +139,17 @@ def _config(
     if role == "worker":
         document["store"] = {"path": STORE, "reserve": "1MiB"}
     if role == "coordinator":
-        document["node"]["state"] = str(state / name)
+        document["node"]["state"] = str(pki.state(name))
         rules = settings.retention[COORDINATORS.index(name)]
         if rules:
             document["retention"] = list(rules)
-    config, errors = check(yaml.safe_dump(document))
+    return _checked(json.dumps(document))
+
+
+@cache
+def _checked(text: str) -> Config:
+    """Most seeds have the same few configs, and YAML takes its time (JSON is a part of it)."""
+    config, errors = check(text)
     if config is None:
         raise AssertionError(f"the simulation's config is refused: {errors}")
     return config
@@ -242,8 +260,10 @@ class SimulatedCluster:
 
     def __enter__(self) -> SimulatedCluster:
         substitutes.install()
-        for name, value in _SLOWER.items():
-            setattr(limits, name, value)
+        for module, looks in _SLOWER.items():
+            for name, value in looks.items():
+                assert hasattr(sys.modules[module], name), f"{module} has no {name} any more"
+                setattr(sys.modules[module], name, value)
         KERNEL[:] = [self.kernel]
         random.seed(self.seed)
         networks.begin(self.network)
@@ -253,18 +273,18 @@ class SimulatedCluster:
         roles += [("coordinator", name) for name in COORDINATORS[: self.settings.coordinators]]
         for number, (role, name) in enumerate(roles):
             self._add_node(role, name, f"10.0.0.{number + 1}")
-        self.client_config = _config(self.pki, self.settings, "client", None, "", self.directory)
+        self.client_config = _config(self.pki, self.settings, "client", None, "")
         sys.modules["ckptd.node.daemon"].__dict__["boot_id"] = _boot_id
         return self
 
     def _add_node(self, role: str, name: str, address: str) -> None:
-        config = _config(self.pki, self.settings, name, role, address, self.directory)
+        config = _config(self.pki, self.settings, name, role, address)
         disk = self.new_disk()
         node = self.nodes[name] = SimulatedNode(self, name, address, config, disk)
         if role == "worker":
             self.initialise(node.host, disk)
         else:
-            disk.make_parents(str(self.directory / name / "documents"))
+            disk.make_parents(str(self.pki.state(name) / "documents"))
 
     def __exit__(self, *error: object) -> None:
         for node in self.nodes.values():
@@ -277,7 +297,7 @@ class SimulatedCluster:
                 task.cancel()
             if not left:
                 break
-        self.kernel.stop_carriers()
+        self.kernel.stop_stacks()
         self.kernel.close()
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -322,7 +342,7 @@ class SimulatedCluster:
                 stream.on_readable = None
 
     def note(self, text: str) -> None:
-        text = text.replace(str(self.directory), "…")
+        text = substitutes.RAM_DIRECTORY.sub("…", text)
         line = f"{self.kernel.now_s:12.3f} {'*':10} {text}"
         self.trace.append(line)
         if self.write is not None:

@@ -159,6 +159,9 @@ class Faults:
         if not self.guarantees.may_damage(node, shards):
             return False
         self.ledger.lost_at_s = self.world.now_s
+        documents = self.guarantees.media.look().documents
+        only_here = documents.pop(node.name, set()).difference(*documents.values())
+        self.ledger.lost_documents |= only_here  # one node was enough for whoever wrote them
         for shard in shards:
             self.ledger.damaged_at_s[shard] = self.world.now_s
         for key in [key for key in self.ledger.flipped if key[0] == node.name]:

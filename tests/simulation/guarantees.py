@@ -51,6 +51,7 @@ class Ledger:
     flipped: dict[tuple[str, str], float] = field(default_factory=dict)
     misread_at_s: dict[str, float] = field(default_factory=dict)
     lost_at_s: float = -1e9  # when we last destroyed a whole disk
+    lost_documents: set[str] = field(default_factory=set)  # that nobody else had then
     damaged_at_s: dict[str, float] = field(default_factory=dict)  # by shard
 
 
@@ -81,7 +82,7 @@ class Media:
 
     def document_ids(self, node: SimulatedNode) -> set[str]:
         """Documents that are on this medium with their signatures, whole."""
-        place = STORE if node.is_worker else str(self._cluster.directory / node.name / "documents")
+        place = STORE if node.is_worker else str(self._cluster.pki.state(node.name) / "documents")
         files = node.disk.durable_files(f"{place}/catalogue")
         found = set()
         for name, file in files.items():

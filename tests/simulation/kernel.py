@@ -2,9 +2,10 @@
 
 Everything that runs in a simulation belongs to a `Process` of some `Host`; a context variable says
 to which. The loop is asyncio's own, with a selector that waits for nothing but virtual time. A
-simulated thread is a real one that holds the turn: it runs until it blocks in one of our
-primitives, then the loop goes on. So at any moment one thread runs, and the order is decided here
-alone.
+simulated thread holds the turn: it runs until it blocks in one of our primitives, then the loop
+goes on. So at any moment one thread runs, and the order is decided here alone. Its stack is a
+greenlet's where that package is installed, and a real thread's elsewhere: the same happens, but
+each turn takes far longer then.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import _thread
 import asyncio
 import contextvars
 import heapq
+import importlib
+import importlib.util
 import random
 from asyncio import events
+from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Final, TypeVar
 
@@ -91,10 +95,25 @@ class Process:
         self.host = host
         self.name = name
         self.alive = True
-        self.tasks: set[asyncio.Task[Any]] = set()
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._tidy_at = 64
         self.threads: dict[SimulatedThread, None] = {}
         self.when_dead: list[Callable[[], None]] = []
         self.disk: Any = None
+        self.context = contextvars.copy_context()
+        """For what the loop calls on behalf of it, and nobody else runs."""
+        self.context.run(PROCESS.set, self)
+
+    def add_task(self, task: asyncio.Task[Any]) -> None:
+        """Without a callback at its end: that would be every tenth thing that happens."""
+        if len(self._tasks) >= self._tidy_at:
+            self._tasks = self.tasks()
+            self._tidy_at = 2 * len(self._tasks) + 64
+        self._tasks.append(task)
+
+    def tasks(self) -> list[asyncio.Task[Any]]:
+        """Those that have not ended."""
+        return [task for task in self._tasks if not task.done()]
 
     def __repr__(self) -> str:
         return f"<{self.name}>"
@@ -111,7 +130,8 @@ class SimulatedThread:
         self.name = name
         self.process = process
         self.context = contextvars.copy_context()
-        self.turns = contextvars.copy_context()  # of what the loop does for it
+        # Of what the loop does for it.
+        self.turns = contextvars.copy_context() if process is None else process.context
         self.work = work
         self.ended = False
         self.parked = False  # blocked, and nobody has woken it yet
@@ -119,15 +139,70 @@ class SimulatedThread:
         self.pausable: str = "start"  # what it is blocked in: "disk" and locks may be hurried
         self.waits_for: object = None  # the lock that it waits for
         self.serial = 0
-        self.go = _thread.allocate_lock()
-        self.go.acquire()
+        self.stack: Any = None  # where it goes on, as _Greenlets or _RealThreads know it
+
+
+class _Greenlets:
+    """Simulated threads on stacks of their own in the loop's one real thread."""
+
+    def __init__(self, run: Callable[[SimulatedThread], None]) -> None:
+        module = importlib.import_module("greenlet")
+        self._run = run
+        self._greenlet = module.greenlet
+        self._loop = module.getcurrent()
+
+    def begin(self, thread: SimulatedThread) -> None:
+        """Lets a new thread run until it gives its turn back or ends."""
+        thread.stack = self._greenlet(self._run, self._loop)
+        thread.stack.gr_context = thread.context
+        thread.stack.switch(thread)
+
+    def go_on(self, thread: SimulatedThread) -> None:
+        thread.stack.switch()
+
+    def give_turn_back(self, thread: SimulatedThread) -> None:
+        """On the thread's own stack: returns at its next turn."""
+        self._loop.switch()
+
+    def stop(self) -> None:
+        """Nothing is kept."""
+
+
+class _RealThreads:
+    """Simulated threads on real ones, of which one at a time holds the turn."""
+
+    def __init__(self, run: Callable[[SimulatedThread], None]) -> None:
+        self.run = run
+        self.idle: list[_Carrier] = []
+        self.turn = _thread.allocate_lock()
+        self.turn.acquire()
+
+    def begin(self, thread: SimulatedThread) -> None:
+        thread.stack = _thread.allocate_lock()
+        thread.stack.acquire()
+        carrier = self.idle.pop() if self.idle else _Carrier(self)
+        carrier.begin(thread)
+        self.turn.acquire()
+
+    def go_on(self, thread: SimulatedThread) -> None:
+        thread.stack.release()
+        self.turn.acquire()
+
+    def give_turn_back(self, thread: SimulatedThread) -> None:
+        self.turn.release()
+        thread.stack.acquire()
+
+    def stop(self) -> None:
+        for carrier in self.idle:
+            carrier.stop()
+        self.idle.clear()
 
 
 class _Carrier:
     """A real thread that runs simulated ones, one after the other."""
 
-    def __init__(self, kernel: Kernel) -> None:
-        self._kernel = kernel
+    def __init__(self, stacks: _RealThreads) -> None:
+        self._stacks = stacks
         self._start = _thread.allocate_lock()
         self._start.acquire()
         self._thread: SimulatedThread | None = None
@@ -143,13 +218,17 @@ class _Carrier:
             thread = self._thread
             if thread is None:
                 return
-            thread.context.run(self._kernel.run_thread, thread)
+            thread.context.run(self._stacks.run, thread)
             self._thread = None
-            self._kernel.carriers.append(self)
-            self._kernel.give_turn_back()
+            self._stacks.idle.append(self)
+            self._stacks.turn.release()
 
     def stop(self) -> None:
         self._start.release()
+
+
+def has_greenlets() -> bool:
+    return importlib.util.find_spec("greenlet") is not None
 
 
 class Kernel(asyncio.BaseEventLoop):
@@ -160,30 +239,68 @@ class Kernel(asyncio.BaseEventLoop):
         self.rng = random.Random(seed)
         self.now_s = 0.0
         self.steps = 0
-        self.carriers: list[_Carrier] = []
+        self._soon: deque[events.Handle] = deque()
+        self._timers: list[tuple[float, int, events.TimerHandle]] = []
+        self._timers_made = 0
+        self.stacks: _Greenlets | _RealThreads = (
+            _Greenlets(self.run_thread) if has_greenlets() else _RealThreads(self.run_thread)
+        )
         self.current: SimulatedThread | None = None
-        self._turn = _thread.allocate_lock()
-        self._turn.acquire()
         self.failures: list[str] = []
         self.set_task_factory(self._make_task)  # type: ignore[arg-type]
         self.set_exception_handler(self._note_failure)
 
-    # -- asyncio's side
+    # -- asyncio's side: what BaseEventLoop does, without what a simulation has no use for
 
     def time(self) -> float:
         return self.now_s
 
+    def call_soon(  # type: ignore[override]
+        self,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> events.Handle:
+        handle = events.Handle(callback, args, self, context)
+        self._soon.append(handle)
+        return handle
+
+    call_soon_threadsafe = call_soon  # type: ignore[assignment]
+
+    def call_at(  # type: ignore[override]
+        self,
+        when: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> events.TimerHandle:
+        handle = events.TimerHandle(when, callback, args, self, context)
+        self._timers_made += 1
+        heapq.heappush(self._timers, (when, self._timers_made, handle))
+        return handle
+
+    def call_later(  # type: ignore[override]
+        self,
+        delay: float,
+        callback: Callable[..., object],
+        *args: Any,
+        context: contextvars.Context | None = None,
+    ) -> events.TimerHandle:
+        return self.call_at(self.now_s + delay, callback, *args, context=context)
+
     def _run_once(self) -> None:
-        ready, scheduled = self._ready, self._scheduled  # type: ignore[attr-defined]
-        self.now_s += _TURN_S
-        if not ready and scheduled:
-            self.now_s = max(self.now_s, scheduled[0]._when)
-        while scheduled and scheduled[0]._when <= self.now_s:
-            handle = heapq.heappop(scheduled)
-            handle._scheduled = False
-            ready.append(handle)
-        for _ in range(len(ready)):
-            handle = ready.popleft()
+        soon, timers = self._soon, self._timers
+        now_s = self.now_s + _TURN_S
+        if not soon:
+            while timers and timers[0][2]._cancelled:
+                heapq.heappop(timers)
+            if timers:
+                now_s = max(now_s, timers[0][0])
+        self.now_s = now_s
+        while timers and timers[0][0] <= now_s:
+            soon.append(heapq.heappop(timers)[2])
+        for _ in range(len(soon)):
+            handle: Any = soon.popleft()
             if handle._cancelled:
                 continue
             process = handle._context.get(PROCESS)
@@ -191,7 +308,10 @@ class Kernel(asyncio.BaseEventLoop):
                 process.host.defer(handle)
                 continue
             self.steps += 1
-            handle._run()
+            try:
+                handle._context.run(handle._callback, *handle._args)
+            except Exception as error:
+                self._note_failure(self, {"message": repr(handle), "exception": error})
 
     def _process_events(self, event_list: object) -> None:
         pass
@@ -204,7 +324,7 @@ class Kernel(asyncio.BaseEventLoop):
 
     def run_again(self, handles: list[events.Handle]) -> None:
         """Puts back what was held while a host slept."""
-        self._ready.extend(handles)  # type: ignore[attr-defined]
+        self._soon.extend(handles)
 
     def _make_task(
         self, loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, _T], **named: Any
@@ -213,8 +333,7 @@ class Kernel(asyncio.BaseEventLoop):
         context = named.get("context")
         process = PROCESS.get() if context is None else context.get(PROCESS)
         if process is not None:
-            process.tasks.add(task)
-            task.add_done_callback(process.tasks.discard)
+            process.add_task(task)
             if not process.alive:
                 task.cancel()
         return task
@@ -264,18 +383,13 @@ class Kernel(asyncio.BaseEventLoop):
         self.current = thread
         if thread.pausable == "start":
             thread.pausable = ""
-            carrier = self.carriers.pop() if self.carriers else _Carrier(self)
-            carrier.begin(thread)
+            self.stacks.begin(thread)
         else:
-            thread.go.release()
-        self._turn.acquire()
+            self.stacks.go_on(thread)
         self.current = None
 
-    def give_turn_back(self) -> None:
-        self._turn.release()
-
     def run_thread(self, thread: SimulatedThread) -> None:
-        """On a carrier: all of a thread's life."""
+        """On a stack of its own: all of a thread's life."""
         try:
             if thread.process is None or thread.process.alive:
                 thread.work()
@@ -302,8 +416,7 @@ class Kernel(asyncio.BaseEventLoop):
             timer = self.call_later(
                 max(0.0, timeout_s), self._expire, thread, thread.serial, context=thread.turns
             )
-        self.give_turn_back()
-        thread.go.acquire()
+        self.stacks.give_turn_back(thread)
         thread.waits_for = None
         thread.pausable = ""
         if timer is not None:
@@ -360,14 +473,12 @@ class Kernel(asyncio.BaseEventLoop):
         process.alive = False
         for callback in process.when_dead:
             callback()
-        for task in sorted(process.tasks, key=lambda task: task.get_name()):
+        for task in sorted(process.tasks(), key=lambda task: task.get_name()):
             task.cancel()
         for thread in list(process.threads):
             if thread.parked:
                 thread.parked = False
                 self._resume_soon(thread)
 
-    def stop_carriers(self) -> None:
-        for carrier in self.carriers:
-            carrier.stop()
-        self.carriers.clear()
+    def stop_stacks(self) -> None:
+        self.stacks.stop()

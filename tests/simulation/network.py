@@ -320,9 +320,7 @@ class SimulatedSocket:
     def _notify(self) -> None:
         self._notify_writers()
         if self.on_readable is not None and (self.readable() or self.closed):
-            self.network.kernel.call_soon(
-                self._call_reader, context=self.network.kernel.in_process(self.process)
-            )
+            self.network.kernel.call_soon(self._call_reader, context=self.process.context)
 
     def _notify_writers(self) -> None:
         waiting, self._waiting = self._waiting, []
@@ -570,7 +568,7 @@ class SimulatedTransport(asyncio.Transport):
         self._paused = False
         self._closing = False
         self._lost = False
-        self._context = loop.in_process(sock.process)
+        self._context = sock.process.context
         sock.on_readable = self._read
         protocol.connection_made(self)
         loop.call_soon(self._read, context=self._context)

@@ -41,7 +41,8 @@ class Rest:
     def _live(self, look: Look) -> list[Version]:
         """What is on some medium now: a version that was never protected may be lost."""
         known = set.union(*look.documents.values())
-        dead = self._media.tombstones.keys()
+        lost = self._world.ledger.lost_documents - known
+        dead = {key for key, found in self._media.tombstones.items() if found - lost}
         versions = self._media.versions
         return [v for key, v in versions.items() if key in known and key not in dead]
 

@@ -47,6 +47,8 @@ def settings_of(rng: random.Random) -> Settings:
         capacity_bytes=rng.choice((6, 24, 64)) * 1024 * 1024,
         coordinators=rng.choice((0, 0, 1, 2)),
         retention=(rng.choice(_RULES), rng.choice(_RULES)),
+        # Rare ones cost less, and leave more time for two nodes to know different things.
+        heartbeat_s=rng.choice((15.0, 28.0, 32.0)),
     )
 
 

@@ -122,7 +122,7 @@ class _NoPages:
         pass
 
 
-_RAM_DIRECTORY: Final = re.compile(r"/\S*ckptd-sim-\w+")  # another one each time
+RAM_DIRECTORY: Final = re.compile(r"/\S*ckptd-sim-\w+")  # another one each time
 _installed = False
 _trace: list[Callable[[str], None]] = []
 
@@ -150,7 +150,7 @@ def _log_line(logger: object, level: str, event: Any) -> Any:
 
 
 def _short(value: object) -> str:
-    text = _RAM_DIRECTORY.sub("…", str(value))
+    text = RAM_DIRECTORY.sub("…", str(value))
     return text[:16] if len(text) == 64 else text
 
 

@@ -8,7 +8,10 @@ import multiprocessing
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from typing import Any
 
 from tests.simulation import substitutes
 from tests.simulation.cluster import Pki, ram_directory
@@ -20,20 +23,24 @@ _pki: Pki | None = None
 
 
 def pki() -> Pki:
-    """Certificates of this process."""
+    """Certificates of this process, made with real chance; from then on nothing else is real."""
     global _pki
     if _pki is None:
         directory = ram_directory()
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
         _pki = Pki(directory / "pki")
+        substitutes.install()
+        gc.collect()
+        gc.freeze()  # what modules have made need not be looked through after each seed
     return _pki
 
 
 def run_one(seed: int, write: Callable[[str], None] | None = None) -> Outcome:
     """One seed. Nothing is collected meanwhile: when that happens must not change anything."""
+    certificates = pki()
     gc.disable()
     try:
-        return run_seed(seed, pki(), write=write)
+        return run_seed(seed, certificates, write=write)
     finally:
         gc.enable()
         gc.collect()
@@ -75,32 +82,93 @@ def sweep(first: int, count: int, workers: int) -> int:
     return 1 if failed else 0
 
 
-def hunt(task: tuple[int, int]) -> tuple[str, int | None, str, float]:
-    """Runs seeds with one mutant planted until one finds it: its name, the seed, what was found."""
-    number, seeds = task
-    mutant = MUTANTS[number]
+@dataclass(frozen=True)
+class Found:
+    """Where the search for one mutant stands: from `first` on, seed by seed."""
+
+    mutant: int
+    first: int
+    failure: str = ""  # of the seed `first`, with the mutant
+    spent_s: float = 0.0
+
+
+def hunt(at: Found, seeds: int) -> Found:
+    """Runs seeds with a mutant planted until one fails; without `failure`, none did. In a process
+    of its own, as the mutant stays."""
     began_s = time.perf_counter()
-    pki()  # made with real chance
-    substitutes.install()
-    mutant.plant()
-    for seed in range(seeds):
-        outcome = run_one(seed)
-        if outcome.failures:
-            return mutant.name, seed, outcome.failures[0], time.perf_counter() - began_s
-    return mutant.name, None, "", time.perf_counter() - began_s
+    pki()
+    MUTANTS[at.mutant].plant()
+    for seed in range(at.first, seeds):
+        if failures := run_one(seed).failures:
+            spent_s = at.spent_s + time.perf_counter() - began_s
+            return Found(at.mutant, seed, failures[0], spent_s)
+    return Found(at.mutant, seeds, "", at.spent_s + time.perf_counter() - began_s)
+
+
+def fails_unplanted(seed: int) -> str:
+    """What a seed finds in the product as it is, in a process in which nothing is planted."""
+    return "".join(run_one(seed).failures[:1])
+
+
+class Hunt:
+    """Looks for all mutants. A seed counts for one only when it holds without it."""
+
+    def __init__(self, seeds: int, submit: Callable[..., Future[Any]]) -> None:
+        self._seeds = seeds
+        self._submit = submit
+        self._unplanted: dict[int, str] = {}  # what seeds find without a mutant
+        self._running: dict[Future[Any], Found] = {}
+        self.caught: list[Found] = []
+        self.missed: list[Found] = []
+
+    def run(self, mutants: Iterable[int], processes: int) -> None:
+        waiting = [Found(mutant, 0) for mutant in reversed(list(mutants))]
+        while waiting or self._running:
+            while waiting and len(self._running) < processes:
+                self._go_on(waiting.pop())
+            for future in wait(self._running, return_when=FIRST_COMPLETED).done:
+                waiting += self._take(self._running.pop(future), future.result())
+
+    def _go_on(self, at: Found) -> None:
+        work = (fails_unplanted, at.first) if at.failure else (hunt, at, self._seeds)
+        self._running[self._submit(*work)] = at
+
+    def _take(self, at: Found, result: Found | str) -> list[Found]:
+        """What is to be done next because of a result."""
+        if isinstance(result, str):
+            self._unplanted[at.first] = result
+        else:
+            at = result
+        if not at.failure:
+            self.missed.append(at)
+            print(
+                f"NOT CAUGHT within {self._seeds} seeds ({at.spent_s:.0f} s): {_name(at)}",
+                flush=True,
+            )
+        elif at.first not in self._unplanted:
+            return [at]
+        elif unplanted := self._unplanted[at.first]:
+            print(f"seed {at.first} fails without a planted fault, too: {unplanted}", flush=True)
+            return [Found(at.mutant, at.first + 1, "", at.spent_s)]
+        else:
+            self.caught.append(at)
+            print(
+                f"caught by seed {at.first} ({at.spent_s:.0f} s): {_name(at)}: {at.failure}",
+                flush=True,
+            )
+        return []
+
+
+def _name(at: Found) -> str:
+    return MUTANTS[at.mutant].name
 
 
 def hunt_all(seeds: int, processes: int, only: str) -> int:
     """All mutants; whether each was found."""
-    missed = []
-    tasks = [(n, seeds) for n, mutant in enumerate(MUTANTS) if only in mutant.name]
+    numbers = [number for number, mutant in enumerate(MUTANTS) if only in mutant.name]
     context = multiprocessing.get_context("spawn")
-    with context.Pool(processes, maxtasksperchild=1) as pool:
-        for name, seed, failure, took_s in pool.imap_unordered(hunt, tasks, chunksize=1):
-            if seed is None:
-                missed.append(name)
-                print(f"NOT CAUGHT within {seeds} seeds ({took_s:.0f} s): {name}", flush=True)
-            else:
-                print(f"caught by seed {seed} ({took_s:.0f} s): {name}: {failure}", flush=True)
-    print(f"{len(tasks) - len(missed)} of {len(tasks)} planted faults caught")
-    return 1 if missed else 0
+    with ProcessPoolExecutor(processes, context, max_tasks_per_child=1) as pool:
+        found = Hunt(seeds, pool.submit)
+        found.run(numbers, processes)
+    print(f"{len(found.caught)} of {len(numbers)} planted faults caught")
+    return 1 if found.missed else 0

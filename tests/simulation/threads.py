@@ -248,13 +248,17 @@ class Pool:
         self._idle = Condition()
 
     def submit(self, work: Callable[..., _T], /, *args: Any, **named: Any) -> Future[_T]:
-        if self._closed:
-            raise RuntimeError("cannot schedule new futures after shutdown")
         future: Future[_T] = Future()
         context = contextvars.copy_context()
-        self._queue.append(lambda: context.run(_complete, future, work, args, named))
-        self._start()
+        self.start(lambda: context.run(_complete, future, work, args, named))
         return future
+
+    def start(self, work: Callable[[], None]) -> None:
+        """Has `work` done, which tells nobody."""
+        if self._closed:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+        self._queue.append(work)
+        self._start()
 
     def map(self, work: Callable[..., _T], *arguments: Iterable[Any]) -> Iterator[_T]:
         futures = [self.submit(work, *each) for each in zip(*arguments, strict=False)]
@@ -309,14 +313,27 @@ def run_in_thread(
     loop: Kernel, executor: Any, work: Callable[..., _T], arguments: tuple[Any, ...]
 ) -> asyncio.Future[_T]:
     """As loop.run_in_executor."""
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def run() -> None:
+        if future.cancelled():
+            return
+        try:
+            result = work(*arguments)
+        except ProcessDied:
+            raise
+        except BaseException as error:
+            if not future.done():
+                future.set_exception(error)
+        else:
+            if not future.done():
+                future.set_result(result)
+
     if isinstance(executor, Pool):
-        return asyncio.wrap_future(executor.submit(work, *arguments), loop=loop)
-    future: Future[_T] = Future()
-    thread = SimulatedThread(
-        lambda: _complete(future, work, arguments, {}), "to_thread", current_process()
-    )
-    loop.start_thread(thread)
-    return asyncio.wrap_future(future, loop=loop)
+        executor.start(run)
+    else:
+        loop.start_thread(SimulatedThread(run, "to_thread", current_process()))
+    return future
 
 
 class SimulatedThreading:

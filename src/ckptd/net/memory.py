@@ -28,12 +28,16 @@ class Claim:
 
     def want(self, size_bytes: int) -> bool:
         """Wishes to hold `size_bytes` from now on; whether it does. Less than before always is."""
+        if size_bytes == self.held_bytes == self.wanted_bytes:
+            return True  # nothing changes for anybody, as after each small message
         self.wanted_bytes = size_bytes
         self._pool._settle(self)
         return self.held_bytes >= size_bytes
 
     def take(self, size_bytes: int) -> None:
         """Holds `size_bytes` now, be there room or not: others wait until there is again."""
+        if size_bytes == self.held_bytes == self.wanted_bytes:
+            return
         self.wanted_bytes = size_bytes
         self._pool._hold(self, size_bytes)
         self._pool._settle(self)
