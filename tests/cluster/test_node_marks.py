@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.cluster.hostile import Place, RawPeer, files_of, is_refused
 from tests.cluster.kill_fixtures import BreakableCluster, make_checkpoint, wait_until
 
 from ckptd.client import pki
+from ckptd.config import load
 from ckptd.core.identity import Role
 from ckptd.wire import messages
 
@@ -133,8 +135,12 @@ def test_maintenance_raises_no_alarm_and_ends(
 ) -> None:
     cluster = fresh_cluster
     cluster.store(make_checkpoint(tmp_path / "source", 1), "run/step-1")
+    stored_s = time.time()
     told = cluster.command("maintenance", "node3", "--for", "2h").document
     assert (told["state"], told["seconds"]) == ("maintenance", 7200)
+    # What was stored since the others last heard of node3 would be taken not to be on it.
+    heartbeat_s = load(cluster.config).membership.heartbeat_s
+    wait_until(lambda: time.time() - stored_s > 3 * heartbeat_s, "heartbeats")
     cluster.kill("node3")
     wait_until(
         lambda: any(
