@@ -266,6 +266,8 @@ def test_liars_flapping_and_double_announcements_change_nothing(
                             assert await found_by_a_client(cluster) == everyone(cluster)
 
                 async def was_tried() -> bool:
+                    # Nodes that are connected to node2 try nothing: whoever comes new does.
+                    assert await found_by_a_client(cluster) == everyone(cluster)
                     return tried > 0
 
                 async with announced(cluster, "node2", trap):
