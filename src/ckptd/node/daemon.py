@@ -24,7 +24,6 @@ from ckptd.clock import SYSTEM_CLOCK
 from ckptd.config import Config, NodeConfig, load
 from ckptd.core import limits
 from ckptd.core.identity import load_ca
-from ckptd.core.quantities import Address
 from ckptd.core.signing import Signer
 from ckptd.discovery.hints import Hints
 from ckptd.errors import CkptdError, ConfigError
@@ -36,6 +35,7 @@ from ckptd.net.loop import run
 from ckptd.net.tls import check_peer, client_context, server_context
 from ckptd.node.background import Background, Ground
 from ckptd.node.heap import keep_heap_small
+from ckptd.node.http_pages import HttpPages
 from ckptd.node.members import Members
 from ckptd.node.network import NodeNetwork
 from ckptd.node.notify import notify
@@ -45,9 +45,8 @@ from ckptd.node.presence import Presence, boot_id, open_directory
 from ckptd.node.records import Records
 from ckptd.node.requests import Requests
 from ckptd.node.worker import Worker
-from ckptd.observe import http, logs
+from ckptd.observe import logs
 from ckptd.observe.metrics import Metrics
-from ckptd.observe.pages import Health, Target
 from ckptd.store.documents import DocumentFiles
 from ckptd.store.room import Room
 from ckptd.wire import messages
@@ -200,43 +199,6 @@ class Node:
     background: Background | None = None
     control: ControlServer
 
-    def _health(self) -> Health:
-        failed = self._directory.medium.failed
-        faults: dict[str, list[str]] = {}
-        for role in self._node.roles:
-            faults[role] = [failed] if failed else []
-        for part in self._parts:
-            faults[part.role] += part.faults()
-        return Health(faults)
-
-    def _metrics_text(self) -> bytes:
-        if self.worker is not None:
-            self.worker.sample()
-        for part in self._parts:
-            part.sample()
-        self.metrics.node_up(self._node.id, self._directory.medium.failed is None)
-        return self.metrics.text()
-
-    def _targets(self) -> list[Target]:
-        """All nodes, each with the port of its own pages as far as it is the same as here."""
-        port = self._http.address.port
-        address = self._presence.address
-        own_host = self._split(address)[0] if address else "127.0.0.1"
-        found = [self._target(self._node.id, Address(own_host, port), self._node.roles)]
-        for node, member in self.records.catalogue.members().items():
-            if node != self._node.id and member.address:
-                host = self._split(member.address)[0]
-                found.append(self._target(node, Address(host, port), member.roles))
-        return found
-
-    def _target(self, node: str, address: Address, roles: tuple[str, ...]) -> Target:
-        return Target(node, address, roles, self.config.cluster, self.config.observe.tls)
-
-    @staticmethod
-    def _split(address: str) -> tuple[str, int]:
-        host, _, port = address.rpartition(":")
-        return host.strip("[]"), int(port)
-
     # -- running
 
     def request_stop(self) -> None:
@@ -255,34 +217,9 @@ class Node:
             self._directory.close()
 
     async def _serve(self, listeners: Sequence[socket.socket], ready: Callable[[], object]) -> None:
-        requests = Requests(
-            records=self.records,
-            shards=self.worker.shards if self.worker else None,
-            metrics=self.metrics,
-            status=self.status,
-            more={
-                messages.SetJob: self._set_job,
-                messages.Prune: self._prune,
-                messages.CopyShards: self._ask_jobs,
-                messages.Promise: self._ask_jobs,
-                messages.Surplus: self._ask_jobs,
-                **{kind: answer for part in self._parts for kind, answer in part.handlers.items()},
-            },
-        )
+        requests = self._make_requests()
         hints = Hints(self.config.cluster, self._node.id, self.members.knows)
-        self.peers = Peers(
-            cluster=self.config.cluster,
-            node_id=self._node.id,
-            context=self._client_context,
-            config=self.config.membership,
-            addresses=self.config.discovery.peers,
-            records=self.records,
-            hello=self.hello,
-            on_disk=requests.on_disk,
-            metrics=self.metrics,
-            hints=hints,
-            members=self.members,
-        )
+        self.peers = self._make_peers(requests, hints)
         self.control = ControlServer(
             cluster=self.config.cluster,
             node_id=self._node.id,
@@ -313,7 +250,8 @@ class Node:
                 forgotten=self.members.forgotten,
                 draining=self.members.is_draining,
             )
-        await self._start_http()
+        pages = self._make_pages()
+        await pages.start()
         await self._presence.say(requests.on_disk)
         tasks = self._start_tasks(listeners, requests, hints)
         _log.info(
@@ -329,11 +267,56 @@ class Node:
         finally:
             _log.info("node_stopping", node=self._node.id)
             await self._stop_all(tasks)
+            await pages.close()
             await self.background.stop()
             connector.close()
             await asyncio.to_thread(network.close)
             await asyncio.to_thread(requests.close)
             _log.info("node_stopped", node=self._node.id)
+
+    def _make_requests(self) -> Requests:
+        return Requests(
+            records=self.records,
+            shards=self.worker.shards if self.worker else None,
+            metrics=self.metrics,
+            status=self.status,
+            more={
+                messages.SetJob: self._set_job,
+                messages.Prune: self._prune,
+                messages.CopyShards: self._ask_jobs,
+                messages.Promise: self._ask_jobs,
+                messages.Surplus: self._ask_jobs,
+                **{kind: answer for part in self._parts for kind, answer in part.handlers.items()},
+            },
+        )
+
+    def _make_peers(self, requests: Requests, hints: Hints) -> Peers:
+        return Peers(
+            cluster=self.config.cluster,
+            node_id=self._node.id,
+            context=self._client_context,
+            config=self.config.membership,
+            addresses=self.config.discovery.peers,
+            records=self.records,
+            hello=self.hello,
+            on_disk=requests.on_disk,
+            metrics=self.metrics,
+            hints=hints,
+            members=self.members,
+        )
+
+    def _make_pages(self) -> HttpPages:
+        return HttpPages(
+            config=self.config,
+            node=self._node,
+            medium=self._directory.medium,
+            records=self.records,
+            metrics=self.metrics,
+            worker=self.worker,
+            parts=self._parts,
+            address=lambda: self._presence.address,
+            forgotten=self.members.forgotten,
+        )
 
     def _ground(self, network: NodeNetwork, requests: Requests) -> Ground:
         assert self.peers is not None
@@ -386,7 +369,6 @@ class Node:
         if self.worker is not None:
             await self.worker.stop()
         await self.control.close()
-        await self._http.close()
 
     def _task(self, work: Coroutine[None, None, None], name: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work, name=name)
@@ -407,23 +389,6 @@ class Node:
         host, port = self._presence.bound
         own = OwnService(self._node.id, __version__, self._node.roles, host, port)
         await Discovery(hints, self.config.discovery.interfaces, own).run()
-
-    async def _start_http(self) -> None:
-        observe = self.config.observe
-        loopback = observe.listen.host in ("127.0.0.1", "::1", "localhost")
-        tls = self.config.tls
-        context = http.tls_context(tls.ca, tls.cert, tls.key) if observe.tls else None
-        self._http = http.HttpServer(
-            observe.listen,
-            context,
-            loopback=loopback,
-            cluster=self.config.cluster,
-            metrics=self._metrics_text,
-            health=self._health,
-            targets=self._targets,
-            forgotten=self.members.forgotten,
-        )
-        await self._http.start()
 
     async def _watch_medium(self) -> None:
         """Sets the failed state when the disk is gone although nobody uses it."""
