@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import time
@@ -86,6 +87,7 @@ class Commands:
 
         def done(result: Any) -> None:
             self.ledger.of_version[result.version] = content
+            self._check_content(result.version, [content])
             if result.state == "protected":
                 self.guarantees.check_announced(result.version, began_s)
             version = self.guarantees.media.versions.get(result.version)
@@ -99,29 +101,49 @@ class Commands:
         self.begin(f"store {name}", lambda cluster: store(cluster, root, name=name), done)
 
     def store_changing(self) -> None:
-        """A trainer writes into a file while it is being stored."""
+        """A trainer writes into two files while they are being stored."""
         name = self.rng.choice(NAMES)
-        before = {"big.bin": self.rng.randbytes(200_000), "other.bin": self.rng.randbytes(500)}
+        before = {path: self.rng.randbytes(200_000) for path in ("big.bin", "other.bin")}
         position = self.rng.randrange(200_000)
-        after = {**before, "big.bin": _changed(before["big.bin"], position)}
+        after = {path: _changed(data, position) for path, data in before.items()}
+        if self.rng.random() < 0.7:
+            # Then nothing is sent, for which files are opened anew and seen to have changed.
+            for content in (before, after):
+                self._store_content(name, content)
+                self.cluster.run(5.0)
         self.ledger.contents.setdefault(name, []).extend([before, after])
         root = self._write(before)
         time.sleep(0.006)  # so that the real file system gives the change a later time
 
         def change() -> None:
-            with open(root / "big.bin", "r+b") as file:
-                file.seek(position)
-                file.write(after["big.bin"][position : position + 1])
-
-        self.cluster.kernel.call_later(self.rng.uniform(0.0, 0.4), change)
+            for path, data in after.items():
+                with open(root / path, "r+b") as file:
+                    file.seek(position)
+                    file.write(data[position:])
 
         began_s = self.world.now_s
 
         def done(result: Any) -> None:
+            self._check_content(result.version, [before, after])
             if result.state == "protected":
                 self.guarantees.check_announced(result.version, began_s)
 
-        self.begin(f"store {name}", lambda cluster: store(cluster, root, name=name), done)
+        command = self.begin(f"store {name}", lambda cluster: store(cluster, root, name=name), done)
+        command.process.at_read = (self.rng.randint(1, 10), change)
+
+    def _check_content(self, version_id: str, known: list[dict[str, bytes]]) -> None:
+        """What a new version says of its files is what was there at one moment."""
+        self.guarantees.media.look()
+        manifest = self.guarantees.media.documents.get(version_id)
+        if manifest is None:
+            return  # on no medium any more
+        files = {e["path"]: e["sha256"] for e in manifest["entries"] if e["kind"] == "file"}
+        hashes = [
+            {path: hashlib.sha256(data).hexdigest() for path, data in content.items()}
+            for content in known
+        ]
+        if files not in hashes:
+            self.world.fail(f"{version_id[:12]} was stored with files as they never were")
 
     def store_while_a_node_dies(self) -> None:
         """A node dies at some call to its disk, comes back, and the same is stored again."""
@@ -354,4 +376,4 @@ class Commands:
 
 
 def _changed(data: bytes, position: int) -> bytes:
-    return data[:position] + bytes([data[position] ^ 255]) + data[position + 1 :]
+    return data[:position] + bytes(byte ^ 255 for byte in data[position:])

@@ -100,6 +100,8 @@ class Process:
         self.threads: dict[SimulatedThread, None] = {}
         self.when_dead: list[Callable[[], None]] = []
         self.disk: Any = None
+        self.at_read: tuple[int, Callable[[], None]] | None = None
+        """Happens after so many reads of the real files that it stores."""
         self.context = contextvars.copy_context()
         """For what the loop calls on behalf of it, and nobody else runs."""
         self.context.run(PROCESS.set, self)

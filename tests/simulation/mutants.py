@@ -176,6 +176,18 @@ MUTANTS: Final = (
         ),
     ),
     Mutant(
+        "the fingerprint of a file is not compared once it was read",
+        "ckptd.client.source:File.check",
+        "if Fingerprint.of(found) != self.fingerprint:",
+        "if False:",
+        also=Mutant(  # the clock of the laptop is behind the real files, so that it reads again
+            "nor is a file that changed just now read again",
+            "ckptd.client.store:_check_still",
+            "if source.is_racy(file) and hash_file(file) != hashes[index]:",
+            "if False:",
+        ),
+    ),
+    Mutant(
         "a copy counts that was not hashed since the start",
         "ckptd.client.store:_Store._trust",
         "if 0 <= age_s <= oldest_s:",

@@ -10,6 +10,7 @@ import concurrent.futures
 import concurrent.futures._base
 import datetime as real_datetime
 import importlib
+import os as real_os
 import pkgutil
 import random as real_random
 import re
@@ -20,7 +21,7 @@ import sys
 import threading as real_threading
 import time as real_time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import structlog
@@ -109,6 +110,39 @@ class SimulatedSecrets:
         return getattr(real_secrets, name)
 
 
+class SimulatedOs:
+    """The module `os` where a command reads what it stores: real files, but each read takes time,
+    and something may happen to them after one."""
+
+    @staticmethod
+    def preadv(descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
+        _pause_of_read()
+        return _was_read(real_os.preadv(descriptor, buffers, offset))
+
+    @staticmethod
+    def readv(descriptor: int, buffers: Sequence[memoryview]) -> int:
+        _pause_of_read()
+        return _was_read(real_os.readv(descriptor, buffers))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(real_os, name)
+
+
+def _pause_of_read() -> None:
+    if KERNEL[-1].current is not None:
+        KERNEL[-1].block(KERNEL[-1].rng.uniform(0.0, 0.005), "disk")
+
+
+def _was_read(count: int) -> int:
+    process = current_process()
+    if process is not None and process.at_read is not None:
+        left, happens = process.at_read
+        process.at_read = (left - 1, happens) if left > 1 else None
+        if left <= 1:
+            happens()
+    return count
+
+
 class _NoPages:
     """HttpServer that serves nothing."""
 
@@ -177,6 +211,7 @@ def install() -> None:
             if module.__dict__.get(name) is real:
                 module.__dict__[name] = substitute
     sys.modules["ckptd.net.tls"].__dict__["ssl"] = SimulatedSsl()
+    sys.modules["ckptd.client.hashing"].__dict__["os"] = SimulatedOs()
     sys.modules["ckptd.observe.http"].__dict__["HttpServer"] = _NoPages
     sys.modules["ckptd.observe.http"].__dict__["tls_context"] = lambda *_: None
     concurrent.futures._base.__dict__["threading"] = SimulatedThreading

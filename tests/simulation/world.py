@@ -59,7 +59,7 @@ class World:
         work: Callable[[Cluster], Awaitable[Any]],
         done: Callable[[Any], None] = lambda _: None,
         failed: Callable[[CkptdError], None] = lambda _: None,
-    ) -> None:
+    ) -> Command[Any]:
         """Starts a command; `done` gets its result, `failed` its error."""
         self.note(f"begin {what}")
 
@@ -81,6 +81,7 @@ class World:
         # At once, so that what was announced is compared with the media of that very moment.
         command.task.add_done_callback(lambda _: self._concluded(command, conclude))
         self.running.append(command)
+        return command
 
     def _concluded(self, command: Command[Any], conclude: Callable[[Command[Any]], None]) -> None:
         if not command.process.alive or command.task.cancelled():
