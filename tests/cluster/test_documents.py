@@ -107,7 +107,7 @@ def test_a_node_that_lies_about_a_name_makes_nobody_remove_or_pin_another_checkp
     on(cluster, work)
 
 
-@pytest.mark.parametrize("lie", ["name", "content"])
+@pytest.mark.parametrize("lie", ["name", "content", "order"])
 def test_a_node_that_lies_about_a_version_makes_nobody_take_it_for_a_new_one(
     cluster: BreakableCluster, new_name: NewName, tmp_path: Path, lie: str
 ) -> None:
@@ -116,6 +116,10 @@ def test_a_node_that_lies_about_a_version_makes_nobody_take_it_for_a_new_one(
     other = new_name() if lie == "name" else name
     source = make_checkpoint(tmp_path / "a", name, size=4096)
     wanted = source
+    if lie == "order":  # what is old is told of as the newest
+        cluster.store(source, name)
+        shutil.copy(source / "trainer_state.json", tmp_path / "kept")
+        (source / "trainer_state.json").write_text("{}")
     if lie == "content":  # the same shards, under another file name
         wanted = Path(shutil.copytree(source, tmp_path / "b"))
         (wanted / "optimizer.pt").rename(wanted / "optimizer.bin")
@@ -127,7 +131,12 @@ def test_a_node_that_lies_about_a_version_makes_nobody_take_it_for_a_new_one(
         header, right = (catalogue.version(each.version) for each in (stored, known))
         assert header is not None and right is not None
         told = Catalogue(connected.cluster)
-        false = structs.replace(header, name=other, content_id=right.content_id)
+        false = structs.replace(
+            header,
+            name=other,
+            content_id=right.content_id,
+            order=FAR_FUTURE if lie == "order" else header.order,
+        )
         told.add_unverified(false)
 
         async def lying() -> Catalogue:

@@ -117,7 +117,11 @@ def test_without_a_certificate_of_this_cluster_nobody_gets_in(
 
 @pytest.mark.parametrize(
     "request_",
-    [messages.Verify((b"\0" * 32,)), messages.ReportCorrupt(b"\0" * 32)],
+    [
+        messages.Verify((b"\0" * 32,)),
+        messages.ReportCorrupt(b"\0" * 32),
+        messages.Have((b"\0" * 32,), touch=True),  # which would keep it from being collected
+    ],
     ids=lambda each: type(each).__name__,
 )
 def test_a_workers_certificate_does_no_clients_work_on_control(

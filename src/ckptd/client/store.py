@@ -29,7 +29,7 @@ from ckptd.client.room import check_room
 from ckptd.client.source import Source, scan
 from ckptd.client.transfers import Shard, Transfers
 from ckptd.core import documents, limits, tensor_index
-from ckptd.core.catalogue import Catalogue
+from ckptd.core.catalogue import Catalogue, VersionHeader
 from ckptd.core.cutting import cut
 from ckptd.core.documents import Manifest, ShardReference
 from ckptd.core.names import check_name
@@ -319,7 +319,7 @@ class _Store:
         content_id = documents.content_id(entries)
         newest = catalogue.newest(self._name)
         if newest is not None and newest.content_id == content_id:
-            same = await self._same_version(newest.id, source, content_id)
+            same = await self._same_version(newest, source)
             if same is not None:
                 return same
         manifest = Manifest(
@@ -347,19 +347,21 @@ class _Store:
         return manifest, raw
 
     async def _same_version(
-        self, version: str, source: Source, content_id: str
+        self, newest: VersionHeader, source: Source
     ) -> tuple[Manifest, bytes] | None:
-        """The newest version again, if it has this name and content. It may be cut in another way
+        """The newest version again, if it is what was told of it. It may be cut in another way
         (with another shard size): then its own shards are completed."""
         try:
-            signed = await self._cluster.signed(version)
+            signed = await self._cluster.signed(newest.id)
         except NotFound:
             return None
         manifest = self._cluster.admit(signed)[1]
-        # What nodes tell of a version counts only as far as its document says the same.
-        if not isinstance(manifest, Manifest) or manifest.name != self._name:
+        # Only what its document says counts: one that is old, or of another name or content, could
+        # be told of as the newest, and nothing would be stored.
+        if not isinstance(manifest, Manifest):
             return None
-        if manifest.content_id != content_id:
+        told = (newest.name, newest.order, newest.content_id)
+        if told != (manifest.name, manifest.order, manifest.content_id):
             return None
         if manifest.copies > self._copies:  # it was stored with more: they stay wanted
             self._copies = manifest.copies

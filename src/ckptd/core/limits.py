@@ -189,6 +189,8 @@ SHARDS_PER_COPY_MAX: Final = 256  # in one request
 # Of a copy that a steward has made: what takes it slower is broken, or means harm. See
 # TRANSFER_MIN_BYTES_PER_S; here others wait for the same holder.
 COPY_MIN_BYTES_PER_S: Final = 256 * KIB
+COPY_SLOTS_PER_ASKER: Final = 2  # of the BULK_PUSH_SLOTS of a holder
+COPY_RATE_SHARES_MAX: Final = 8  # no request gets a smaller part of a holder's rate
 COPY_SLICE_S: Final = 5.0  # a holder sends for about so long on one request
 REPAIR_LOOK_S: Final = 2.0  # between two looks at the nodes
 REPAIR_WAIT_SHOWN_S: Final = 5.0  # before it is told that repair waits for absent nodes

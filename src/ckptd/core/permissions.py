@@ -28,6 +28,7 @@ class Action(StrEnum):
     PING = "ping"
     STATUS = "status"
     HAVE = "have"
+    TOUCH = "touch"
     INVENTORY = "inventory"
     PUT_SHARD = "put_shard"
     GET_SHARD = "get_shard"
@@ -77,7 +78,7 @@ _CATALOGUE: Final = frozenset(
 _REPLICATE: Final = frozenset({Action.HAVE, Action.PUT_SHARD})
 _STEWARD: Final = frozenset({Action.COPY_SHARDS, Action.SURPLUS})
 _CHECK: Final = frozenset({Action.HAVE, Action.VERIFY, Action.REPORT_CORRUPT})
-_READ_AND_WRITE: Final = _REPLICATE | _CHECK | {Action.GET_SHARD, Action.PUSH_SHARD}
+_READ_AND_WRITE: Final = _REPLICATE | _CHECK | {Action.TOUCH, Action.GET_SHARD, Action.PUSH_SHARD}
 _OPERATE: Final = frozenset({Action.WATCHED, Action.PRUNE, Action.SET_JOB, Action.SCRAPE})
 
 PERMITTED_ACTIONS: Final = MappingProxyType(

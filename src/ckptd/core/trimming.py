@@ -52,14 +52,18 @@ class Promises:
 
         None is given for longer than this node drops nothing after a restart, which would be
         broken by one."""
-        self._forget_old(now_s)
-        if not 0 < seconds <= self.lasts_s or shard in self._asking:
-            return False
-        if shard not in self._until_s and len(self._until_s) >= limits.PROMISES_MAX:
+        if not self.may_give(shard, seconds, now_s):
             return False
         self._until_s.pop(shard, None)
         self._until_s[shard] = now_s + self.lasts_s
         return True
+
+    def may_give(self, shard: bytes, seconds: float, now_s: float) -> bool:
+        """Whether `give` would promise that."""
+        self._forget_old(now_s)
+        if not 0 < seconds <= self.lasts_s or shard in self._asking:
+            return False
+        return shard in self._until_s or len(self._until_s) < limits.PROMISES_MAX
 
     def wait_s(self, now_s: float) -> float:
         """Seconds until this node may drop anything; 0 for now."""

@@ -85,16 +85,17 @@ def judge_absences(workers: Sequence[Worker], *, after_s: float) -> Absences:
     unheard = [worker for worker in silent if worker.silent_s >= after_s]
     if not absent and not silent:
         return Absences()
-    gone = absent + unheard
-    there = len(workers) - len(gone)
-    remembered = there + sum(_away_s(worker) < GIVEN_UP_AFTER_S for worker in gone)
-    if gone and there * 2 <= remembered:
+    up = len(workers) - len(absent)
+    remembered = up + sum(_absence_s(worker) < GIVEN_UP_AFTER_S for worker in absent)
+    if absent and up * 2 <= remembered:
         return Absences(
             presumed=tuple(absent),
-            waiting=f"only {there} of {len(workers)} workers are up: no copies are made for "
-            f"{_names(gone)} until more are back, or for 24 h",
+            waiting=f"only {up} of {len(workers)} workers are up: no copies are made for "
+            f"{_names(absent)} until more are back, or for 24 h",
         )
-    short = [w for w in absent if not w.maintenance and _away_s(w) < after_s]
+    if len(unheard) * 2 >= up:  # it is rather this node that does not understand them
+        unheard = []
+    short = [w for w in absent if not w.maintenance and _absence_s(w) < after_s]
     worked_on = [w for w in absent if w.maintenance]
     reasons = []
     if short:
@@ -116,7 +117,7 @@ def presumed_holders(presumed: Iterable[Worker], order: int, *, now_ms: int) -> 
     """Those that may keep a copy of the version with this `order`: what was stored without a node
     is not on it. Orders are milliseconds of a clock, or above it; one that runs ahead presumes
     nothing."""
-    return frozenset(w.node for w in presumed if order < now_ms - _away_s(w) * 1000)
+    return frozenset(w.node for w in presumed if order < now_ms - _absence_s(w) * 1000)
 
 
 def recent_bytes(versions: Iterable[VersionHeader]) -> int:
@@ -125,8 +126,9 @@ def recent_bytes(versions: Iterable[VersionHeader]) -> int:
     return next((version.size for version in versions if version.size), 0)
 
 
-def _away_s(worker: Worker) -> float:
-    return worker.silent_s if worker.absent_s is None else worker.absent_s
+def _absence_s(worker: Worker) -> float:
+    assert worker.absent_s is not None
+    return worker.absent_s
 
 
 def _names(workers: Iterable[Worker]) -> str:

@@ -13,7 +13,7 @@ from ckptd.errors import CkptdError, PeerStalled, PeerUnreachable, ProtocolError
 from ckptd.net.bulk import refusal
 from ckptd.net.control_connection import Answer, ControlProtocol, Payload, Progress
 from ckptd.net.tls import none_forgotten
-from ckptd.wire import messages
+from ckptd.wire import exchanges, messages
 from ckptd.wire.connection import ConnectionRefused, HelloReceived, ResponseReceived
 from ckptd.wire.messages import Message
 
@@ -90,8 +90,9 @@ class ControlClient:
     ) -> tuple[_A, Payload]:
         """Sends `message` and waits for its answer of type `answer` with its payload.
 
-        `timeout_s` bounds the time without any sign of life for this request: each progress
-        message starts it anew. Raises PeerRefused, PeerBusy, PeerStalled or PeerUnreachable.
+        `timeout_s` bounds the time without any sign of life for this request: for those that take
+        long (`exchanges.PROGRESSIVE`) each progress message starts it anew. Raises PeerRefused,
+        PeerBusy, PeerStalled or PeerUnreachable.
         """
         protocol = self._protocol
         if protocol.connection is None or not self.connected:
@@ -101,7 +102,8 @@ class ControlClient:
 
         def note_progress(progress: Message) -> None:
             nonlocal alive_s
-            alive_s = loop.time()
+            if type(message) in exchanges.PROGRESSIVE:
+                alive_s = loop.time()
             if on_progress is not None:
                 on_progress(progress)
 

@@ -13,7 +13,7 @@ from ckptd.core import limits
 from ckptd.core.scrubbing import Pace
 from ckptd.core.signing import Signer
 from ckptd.errors import CkptdError, Refused
-from ckptd.net.control_connection import Answer, Payload, Progress
+from ckptd.net.control_connection import Answer, Progress
 from ckptd.node.collector import Collector
 from ckptd.node.confirmation import Confirmation
 from ckptd.node.inventories import Inventories
@@ -122,12 +122,12 @@ class Background:
             jobs.append(self._scrubber)
         return [*jobs, *self._upkeep.jobs]
 
-    async def answer(self, message: Message, payload: Payload, progress: Progress) -> Answer:
-        """Answers what others ask of the jobs."""
+    async def answer(self, asker: str, message: Message, progress: Progress) -> Answer:
+        """Answers what the node `asker` asks of the jobs."""
         handler = self._upkeep.handlers.get(type(message))
         if handler is None:
             raise Refused(f"this node has not the role to answer {type(message).__name__}")
-        return await handler(message, payload, progress)
+        return await handler(asker, message, progress)
 
     def repair_view(self) -> messages.RepairView | None:
         """What this node knows of missing copies as the steward."""

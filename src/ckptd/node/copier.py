@@ -3,8 +3,8 @@
 The steward may be wrong, or a stolen worker. So the holder decides by itself: a live manifest that
 it holds must name the shard, the target must be a remembered worker that takes copies, and the copy
 must be good. Neither a target that takes its bytes slowly nor a low rate in a request keeps it from
-sending to others. One that was not hashed since the start is hashed first, so that a copy that
-rotted while the node was off is not spread.
+sending to others, and whoever asks leaves room for what others ask. One that was not hashed since
+the start is hashed first, so that a copy that rotted while the node was off is not spread.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from ckptd.core import limits
 from ckptd.core.names import check_node_id
 from ckptd.core.steward import Standings
 from ckptd.errors import CkptdError, NameRefused, NotFound, PeerBusy, Refused, ShardCorrupt
-from ckptd.net.control_connection import Answer, Payload, Progress
+from ckptd.net.control_connection import Answer, Progress
 from ckptd.node.ports import Clock, Network, OnDisk
 from ckptd.node.reception import failed_report
 from ckptd.node.records import Records
-from ckptd.node.requests import Answerer
+from ckptd.node.requests import NodeAnswerer
 from ckptd.store.copy_reader import VerifyResult
 from ckptd.store.shards import ShardStore
 from ckptd.wire import messages
@@ -71,26 +71,34 @@ class Copier:
         self._rate_bytes_per_s = rate_bytes_per_s
         self._on_disk = on_disk
         self._clock = clock
-        self._targets: set[str] = set()
-        self.handlers: Mapping[type[Message], Answerer] = {messages.CopyShards: self._copy_shards}
+        self._sending: set[tuple[str, str]] = set()  # who asked, and for whom
+        self.handlers: Mapping[type[Message], NodeAnswerer] = {
+            messages.CopyShards: self._copy_shards
+        }
 
     async def _copy_shards(
-        self, request: messages.CopyShards, _: Payload, progress: Progress
+        self, asker: str, request: messages.CopyShards, progress: Progress
     ) -> Answer:
         self._check_target(request.target)
-        if request.target in self._targets or len(self._targets) >= limits.BULK_PUSH_SLOTS:
+        slot = (asker, request.target)
+        of_asker = sum(by == asker for by, _ in self._sending)
+        if (
+            slot in self._sending
+            or of_asker >= limits.COPY_SLOTS_PER_ASKER
+            or len(self._sending) >= limits.BULK_PUSH_SLOTS
+        ):
             raise PeerBusy(self._node_id, "sends copies because of another request")
-        self._targets.add(request.target)
+        self._sending.add(slot)
         try:
             return await self._answer(request, progress), b""
         finally:
-            self._targets.remove(request.target)
+            self._sending.remove(slot)
 
     def _rate(self, asked_bytes_per_s: float) -> float:
         """What is sent of one copy. All that this node sends by itself stays within its own rate;
         whoever asks may ask for less, as one that divides it among all nodes would."""
-        own = self._rate_bytes_per_s / len(self._targets)
-        least = self._rate_bytes_per_s / limits.CLUSTER_NODES_MAX
+        own = self._rate_bytes_per_s / len(self._sending)
+        least = self._rate_bytes_per_s / limits.COPY_RATE_SHARES_MAX
         return min(own, max(asked_bytes_per_s or own, least))
 
     async def _answer(

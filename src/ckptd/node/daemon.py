@@ -191,9 +191,9 @@ class Node:
             progress(messages.Progress(()))
         return pruning.result(), b""
 
-    async def _ask_jobs(self, request: Message, payload: Payload, progress: Progress) -> Answer:
+    async def _ask_jobs(self, asker: str, request: Message, progress: Progress) -> Answer:
         assert self.background is not None, "requests come while it runs"
-        return await self.background.answer(request, payload, progress)
+        return await self.background.answer(asker, request, progress)
 
     peers: Peers | None = None
     background: Background | None = None
@@ -283,10 +283,12 @@ class Node:
             more={
                 messages.SetJob: self._set_job,
                 messages.Prune: self._prune,
+                **{kind: answer for part in self._parts for kind, answer in part.handlers.items()},
+            },
+            of_nodes={
                 messages.CopyShards: self._ask_jobs,
                 messages.Promise: self._ask_jobs,
                 messages.Surplus: self._ask_jobs,
-                **{kind: answer for part in self._parts for kind, answer in part.handlers.items()},
             },
         )
 

@@ -9,7 +9,7 @@ from ckptd.core import limits
 from ckptd.errors import CkptdError, PeerError, PeerRefused
 from ckptd.net.bulk import refusal
 from ckptd.node.ports import Network
-from ckptd.node.requests import Answerer
+from ckptd.node.requests import NodeAnswerer
 from ckptd.wire.messages import CopyReport, Message
 
 _A = TypeVar("_A", bound=Message)
@@ -20,7 +20,7 @@ class OwnNetwork:
     to `others`."""
 
     def __init__(
-        self, node_id: str, handlers: Mapping[type[Message], Answerer], others: Network
+        self, node_id: str, handlers: Mapping[type[Message], NodeAnswerer], others: Network
     ) -> None:
         self._node_id = node_id
         self._handlers = handlers
@@ -44,7 +44,7 @@ class OwnNetwork:
         if handler is None:
             raise PeerRefused(node, "refused", f"{node} has not the role for this")
         try:
-            reply, received = await handler(message, payload, lambda _: None)
+            reply, received = await handler(self._node_id, message, lambda _: None)
         except PeerError:
             raise
         except CkptdError as error:

@@ -29,7 +29,7 @@ from ckptd.net.control import ControlClient, connect_control
 from ckptd.net.tls import refuse_forgotten
 from ckptd.node.members import Members
 from ckptd.node.ports import OnDisk
-from ckptd.node.records import Records
+from ckptd.node.records import Records, TooManyByWorker
 from ckptd.observe.metrics import Metrics
 from ckptd.wire import messages
 
@@ -379,9 +379,12 @@ class Peers:
         return min(len(batch), reply.count + len(reply.missing)), lacking
 
     async def _admit(self, node: str, signed: messages.DocumentView) -> bool:
-        """Takes in one document; whether it is here now."""
+        """Takes in one document; whether it is here now, or need not be."""
         try:
             await self._on_disk(lambda: self._records.put(signed.document, signed.signature))
+        except TooManyByWorker as error:
+            # Else a stolen worker could keep the others from ever having heard of each other.
+            _log.warning("document_refused", node=node, reason=error.message)
         except DocumentRefused as error:
             # Whoever brings it need not be its author; it is not taken, and the rest goes on.
             _log.warning("document_refused", node=node, reason=error.message)

@@ -26,6 +26,11 @@ from ckptd.store.shards import ShardStore
 _log = structlog.get_logger(__name__)
 
 
+class TooManyByWorker(DocumentRefused):
+    """A mere worker has written more documents than one may. They say where it is and nothing
+    else, so nobody needs them to know what a version is made of."""
+
+
 class _ManifestShards(msgspec.Struct, frozen=True):
     """The one field of a manifest that an inventory needs."""
 
@@ -132,7 +137,7 @@ class Records:
         """A worker says where it is, a few times in its life; a stolen one shall not fill the
         catalogues of all."""
         if self._of_worker[author.node_id] >= limits.WORKER_DOCUMENTS_MAX:
-            raise DocumentRefused(f"{author} wrote over {limits.WORKER_DOCUMENTS_MAX} documents")
+            raise TooManyByWorker(f"{author} wrote over {limits.WORKER_DOCUMENTS_MAX} documents")
         if len(self.catalogue) >= limits.CATALOGUE_DOCUMENTS_MAX:
             raise DocumentRefused(f"over {limits.CATALOGUE_DOCUMENTS_MAX} documents")
 
@@ -236,17 +241,18 @@ class Records:
     def drop(self, version_ids: Iterable[str], protected: Collection[str]) -> list[str]:
         """Forgets the manifests of those of these dead versions that may still go, with the
         versions `protected` confirmed. They are never taken in again. Returns their ids."""
-        with self._lock:
-            dead = census(self.catalogue, 0.0).dead
-            gone = [
-                version_id
-                for version_id in sorted(version_ids)
-                if (fate := dead.get(version_id)) and fate.may_go(protected)
-            ]
-            for version_id in gone:
-                self.catalogue.drop(version_id)
-                self._damaged.discard(version_id)
-        self._files.drop(gone)
+        with self._parsing:  # so that none is taken in between its two ends
+            with self._lock:
+                dead = census(self.catalogue, 0.0).dead
+                gone = [
+                    version_id
+                    for version_id in sorted(version_ids)
+                    if (fate := dead.get(version_id)) and fate.may_go(protected)
+                ]
+                for version_id in gone:
+                    self.catalogue.drop(version_id)
+                    self._damaged.discard(version_id)
+            self._files.drop(gone)
         return gone
 
     def references(self, version_id: str) -> list[tuple[bytes, int]] | None:

@@ -35,8 +35,9 @@ class Totals:
 @dataclass
 class Scan:
     """A round over `headers`. `urgencies` are of the versions that lack something, `fine` those
-    that lack nothing; `sets` are the sets of nodes that shards lie on, with how many do; `silent`
-    are the nodes that left a question unanswered."""
+    that lack nothing; `sets` are the sets of nodes that shards lie on, with how many do; `asked`
+    are the nodes that there were questions for, `silent` those that left one unanswered, and are
+    asked no more in this round."""
 
     headers: Sequence[VersionHeader]
     is_full: bool
@@ -46,6 +47,7 @@ class Scan:
     fine: set[str] = field(default_factory=set)
     young: int = 0
     sets: Counter[frozenset[str]] = field(default_factory=Counter)
+    asked: set[str] = field(default_factory=set)
     silent: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:

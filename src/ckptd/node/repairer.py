@@ -11,7 +11,7 @@ Nothing is remembered over a restart, and need not be: whatever was done shows i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -153,16 +153,25 @@ class Repairer:
     def _with_silence(self, sight: Sight) -> Sight:
         """The same, with how long each has left questions unanswered."""
         now_s = self._clock.monotonic_s()
-        since_s = self._silent_since_s = {
-            node: since_s for node, since_s in self._silent_since_s.items() if node in sight.up
-        }
         workers = tuple(
-            structs.replace(worker, silent_s=max(now_s - since_s[worker.node], _SILENT_MIN_S))
-            if worker.node in since_s
+            structs.replace(worker, silent_s=max(now_s - since_s, _SILENT_MIN_S))
+            if (since_s := self._silent_since_s.get(worker.node)) is not None
             else worker
             for worker in sight.workers
         )
         return sight._replace(workers=workers)
+
+    async def _ask(
+        self, headers: Sequence[VersionHeader], sight: Sight, but: Collection[str]
+    ) -> AsyncIterator[VersionCopies]:
+        """What the workers say of these versions, and who says nothing, which counts until it has
+        answered in a whole round. Those in `but` are not waited for."""
+        asked = [node for node in sight.up if node not in but]
+        now_s = self._clock.monotonic_s()
+        async for version in self._inventories.ask(headers, asked):
+            for node in set(asked).difference(version.bitmaps):
+                self._silent_since_s.setdefault(node, now_s)
+            yield version
 
     def _note(self, sight: Sight) -> None:
         """What has changed since the last look, and what is to be asked anew because of it."""
@@ -212,9 +221,12 @@ class Repairer:
         """Asks until the time is over; whether the round has come to its end."""
         needs = self._needs(sight)
         workers = {worker.node: worker for worker in sight.workers}
+        if not scan.is_full:
+            scan.silent |= self._absences.unheard
+        scan.asked.update(sight.up)
         while (batch := scan.next_batch()) is not None:
             young = {header.id for header in batch if self._is_young(header)}
-            async for version in self._inventories.ask(batch, sight.up):
+            async for version in self._ask(batch, sight, scan.silent):
                 scan.silent.update(set(sight.up).difference(version.bitmaps))
                 note = partial(
                     scan.note, version, needs, workers, is_young=version.version in young
@@ -223,10 +235,10 @@ class Repairer:
                     await self._hint(node, version.version, shards)
             if self._clock.monotonic_s() >= until_s:
                 return False
-        self._conclude(scan)
+        self._conclude(scan, sight)
         return True
 
-    def _conclude(self, scan: Scan) -> None:
+    def _conclude(self, scan: Scan, sight: Sight) -> None:
         now_s = self._clock.monotonic_s()
         took_s = now_s - scan.started_s
         self._scan = None
@@ -239,12 +251,12 @@ class Repairer:
             self._sets = tuple(sorted(scan.sets, key=lambda each: (-scan.sets[each], sorted(each))))
         else:
             self._fine |= scan.fine
-            scan.silent |= self._silent_since_s.keys()  # it was not asked about everything
             scan.totals.surplus += self._totals.surplus if self._totals else 0
-        self._silent_since_s = {
-            node: self._silent_since_s.get(node, scan.started_s) for node in scan.silent
-        }
-        if scan.silent:
+        if scan.is_full:  # who has answered about everything is silent no more
+            known = {worker.node for worker in sight.workers}
+            stay = (scan.silent | (self._silent_since_s.keys() - scan.asked)) & known
+            self._silent_since_s = {node: self._silent_since_s[node] for node in stay}
+        if self._silent_since_s:
             soon_s = min(self._config.after_s, limits.REPAIR_SILENT_INTERVAL_S)
             self._next_full_s = min(self._next_full_s, now_s + soon_s)
         if not self._queue and scan.urgencies:
@@ -330,7 +342,7 @@ class Repairer:
         kept: dict[str, int] = {}
         gave_up = False
         for batch in batches(headers):
-            async for version in self._inventories.ask(batch, sight.up):
+            async for version in self._ask(batch, sight, self._absences.unheard):
                 found = await self._on_disk(partial(_plan_one, version, needs, planner, worst))
                 copies += found.copies
                 if found.copies or found.urgency not in (None, worst):
@@ -345,7 +357,7 @@ class Repairer:
     def _planner(self, sight: Sight) -> Planner:
         now_s = self._clock.monotonic_s()
         avoided = {node for node, until_s in self._avoid_until_s.items() if until_s > now_s}
-        avoided |= self._absences.unheard
+        avoided |= self._absences.unheard | self._sending.late
         workers = [
             structs.replace(worker, bytes_free=0) if worker.node in avoided else worker
             for worker in sight.workers

@@ -50,6 +50,8 @@ _ACTIONS: Final[dict[type[Message], Action]] = {
 }
 
 Answerer = Callable[[Any, Payload, Progress], Awaitable[Answer]]
+NodeAnswerer = Callable[[str, Any, Progress], Awaitable[Answer]]
+"""Of what nodes ask each other: gets the id of the one who asks, too."""
 """(request, payload, tell progress) -> (answer, payload), once the peer is known to be allowed."""
 
 
@@ -86,7 +88,9 @@ class Requests:
         metrics: Metrics,
         status: Callable[[], messages.NodeStatus],
         more: Mapping[type[Message], Answerer] = MappingProxyType({}),
+        of_nodes: Mapping[type[Message], NodeAnswerer] = MappingProxyType({}),
     ) -> None:
+        self._of_nodes = of_nodes
         self._records = records
         self._shards = shards
         self._metrics = metrics
@@ -119,10 +123,14 @@ class Requests:
     ) -> Answer:
         """The handler of a ControlServer. Raises NotAuthorized before anything is looked at."""
         action = _ACTIONS.get(type(message))
+        if isinstance(message, messages.Have) and message.touch:
+            action = Action.TOUCH
         if action is None or not may(identity.roles, action):
             what = action.value.replace("_", " ") if action else type(message).__name__
             _log.warning("request_refused", peer=identity.node_id, request=what)
             raise NotAuthorized(f"{identity} may not {what} here")
+        if (of_node := self._of_nodes.get(type(message))) is not None:
+            return await of_node(identity.node_id, message, progress)
         return await self._handler(message)(message, payload, progress)
 
     def _handler(self, message: Message) -> Answerer:

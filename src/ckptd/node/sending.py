@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -30,6 +30,13 @@ class Outcome:
     failed: set[str] = field(default_factory=set)
     worked: set[str] = field(default_factory=set)
 
+    def add(self, other: Outcome) -> None:
+        """Takes in what came of others."""
+        self.done_copies += other.done_copies
+        self.done_bytes += other.done_bytes
+        self.failed |= other.failed
+        self.worked |= other.worked
+
 
 class Sending:
     """Asks holders to send. `rate_bytes_per_s` is what goes to one node from all holders."""
@@ -39,40 +46,77 @@ class Sending:
         self._rate_bytes_per_s = rate_bytes_per_s
         self.slice_bytes = rate_bytes_per_s * limits.COPY_SLICE_S
         """What one holder sends in one call, and at least one shard."""
+        self._late: dict[asyncio.Task[Outcome], str] = {}
+
+    @property
+    def late(self) -> frozenset[str]:
+        """Targets that were not waited for, and are still being sent to."""
+        return frozenset(target for task, target in self._late.items() if not task.done())
 
     async def send(self, copies: Sequence[Copy]) -> Outcome:
         """Has copies made for about COPY_SLICE_S; those that there was no time for are left out,
-        and planned anew by whoever wants them."""
-        outcome = Outcome()
+        and planned anew by whoever wants them. Who takes much longer than the others is `late`:
+        what comes of it is in the outcome of a later call."""
         sources: dict[str, set[str]] = {}
-        by_source: dict[str, list[Copy]] = {}
         for copy in copies:
             sources.setdefault(copy.target, set()).add(copy.source)
-            by_source.setdefault(copy.source, []).append(copy)
-        rates = {
-            target: self._rate_bytes_per_s / len(sending) for target, sending in sources.items()
+        tasks = {
+            asyncio.create_task(
+                self._have_sent(source, target, some, len(sources[target])),
+                name=f"copies from {source} to {target}",
+            ): target
+            for (source, target), some in self._budgeted(copies).items()
         }
-        async with asyncio.TaskGroup() as group:
-            for source, its_copies in by_source.items():
-                work = self._have_sent(source, its_copies, rates, outcome)
-                group.create_task(work, name=f"copies from {source}")
+        try:
+            await self._wait(tasks.keys())
+        except BaseException:
+            for task in tasks:
+                task.cancel()
+            raise
+        self._late |= tasks
+        outcome = Outcome()
+        for task in [task for task in self._late if task.done()]:
+            del self._late[task]
+            outcome.add(task.result())
         return outcome
 
-    async def _have_sent(
-        self, source: str, copies: list[Copy], rates: dict[str, float], outcome: Outcome
-    ) -> None:
-        budget_bytes = self.slice_bytes
-        groups: dict[tuple[str, str], list[Copy]] = {}
+    @staticmethod
+    async def _wait(tasks: Collection[asyncio.Task[Outcome]]) -> None:
+        """Until all are done, or some are and the others take much longer."""
+        if not tasks:
+            return
+        done, rest = await asyncio.wait(tasks, timeout=limits.COPY_SLICE_S * 2)
+        if rest and not done:
+            await asyncio.wait(rest, return_when=asyncio.FIRST_COMPLETED)
+
+    def _budgeted(self, copies: Sequence[Copy]) -> dict[tuple[str, str], list[Copy]]:
+        """By source and target what is asked for now: of one source no more than it sends in a
+        slice."""
+        left_bytes: dict[str, float] = {}
+        found: dict[tuple[str, str], list[Copy]] = {}
         for copy in copies:
-            if budget_bytes <= 0:
-                break
-            budget_bytes -= copy.size
-            groups.setdefault((copy.target, copy.version), []).append(copy)
-        for (target, version), some in groups.items():
-            if target in outcome.failed:
+            if copy.target in self.late:
                 continue
+            left = left_bytes.get(copy.source, self.slice_bytes)
+            if left > 0:
+                left_bytes[copy.source] = left - copy.size
+                found.setdefault((copy.source, copy.target), []).append(copy)
+        return found
+
+    async def _have_sent(
+        self, source: str, target: str, copies: Sequence[Copy], sources: int
+    ) -> Outcome:
+        """Copies of one source to one target, which `sources` of them send to."""
+        outcome = Outcome()
+        by_version: dict[str, list[Copy]] = {}
+        for copy in copies:
+            by_version.setdefault(copy.version, []).append(copy)
+        for version, some in by_version.items():
             request = messages.CopyShards(
-                bytes.fromhex(version), tuple(copy.shard for copy in some), target, rates[target]
+                bytes.fromhex(version),
+                tuple(copy.shard for copy in some),
+                target,
+                self._rate_bytes_per_s / sources,
             )
             try:
                 reply, _ = await self._network.request(
@@ -82,12 +126,15 @@ class Sending:
                     timeout_s=limits.REQUEST_TIMEOUT_S,
                 )
             except PeerBusy:
-                return
+                break
             except PeerError as error:
                 _log.warning("copies_not_sent", node=source, target=target, reason=error.message)
                 outcome.failed.add(source)
-                return
+                break
             self._note(source, target, some, reply, outcome)
+            if target in outcome.failed:
+                break
+        return outcome
 
     @staticmethod
     def _note(

@@ -22,14 +22,14 @@ import structlog
 from ckptd.core import limits
 from ckptd.core.headers import VersionHeader
 from ckptd.core.steward import Standings
-from ckptd.core.trimming import Claim, Promises, is_surplus, proof_of_possession
-from ckptd.errors import CkptdError, NotFound, PeerError, Refused
-from ckptd.net.control_connection import Answer, Payload, Progress
+from ckptd.core.trimming import ACT_WITHIN, Claim, Promises, is_surplus, proof_of_possession
+from ckptd.errors import CkptdError, NotFound, PeerBusy, PeerError, Refused
+from ckptd.net.control_connection import Answer, Progress
 from ckptd.node.copier import while_telling
 from ckptd.node.jobs import JobProgress
 from ckptd.node.ports import Clock, Network, OnDisk
 from ckptd.node.records import Records
-from ckptd.node.requests import Answerer
+from ckptd.node.requests import NodeAnswerer
 from ckptd.store.copy_reader import VerifyResult
 from ckptd.store.shards import ShardStore
 from ckptd.wire import messages
@@ -98,10 +98,12 @@ class Trimmer:
         self._rng = rng
         self._promises = Promises(lasts_s=promise_s, started_s=clock.monotonic_s())
         self._noted: dict[bytes, int] = {}  # with the size in bytes
+        self._asked_by: set[str] = set()
         self._proving = asyncio.Lock()  # one question at a time makes the disk busy
+        self._salted: dict[tuple[bytes, bytes], bytes] = {}  # by nonce and shard
         self._dropped_bytes = 0
         self.wake: Callable[[], None] = lambda: None
-        self.handlers: Mapping[type[Message], Answerer] = {
+        self.handlers: Mapping[type[Message], NodeAnswerer] = {
             messages.Promise: self._promise,
             messages.Surplus: self._surplus,
         }
@@ -113,7 +115,7 @@ class Trimmer:
 
     # -- questions of others
 
-    async def _surplus(self, request: messages.Surplus, _: Payload, __: Progress) -> Answer:
+    async def _surplus(self, _: str, request: messages.Surplus, __: Progress) -> Answer:
         noted = 0
         for shard in request.shards:
             if shard in self._noted or self._note(shard):
@@ -129,7 +131,7 @@ class Trimmer:
         self._noted[shard] = size
         return True
 
-    async def _promise(self, request: messages.Promise, _: Payload, progress: Progress) -> Answer:
+    async def _promise(self, asker: str, request: messages.Promise, progress: Progress) -> Answer:
         own = self._standings().get(self._node_id)
         if own is None or not own.takes_copies:
             raise Refused(f"{self._node_id} is to be emptied, and promises nothing")
@@ -141,8 +143,24 @@ class Trimmer:
             raise NotFound(f"{self._node_id} has no manifest of a live version {version}")
         wanted = frozenset(request.shards)
         sizes = {shard: size for shard, size in references if shard in wanted}
-        proofs = await while_telling(self._prove(request, sizes), progress)
+        self._check_extent(request, sizes)
+        if asker in self._asked_by:
+            raise PeerBusy(self._node_id, f"answers another question of {asker}")
+        self._asked_by.add(asker)
+        try:
+            proofs = await while_telling(self._prove(request, sizes), progress)
+        finally:
+            self._asked_by.remove(asker)
         return messages.PromiseReply(tuple(proofs)), b""
+
+    @staticmethod
+    def _check_extent(request: messages.Promise, sizes: Mapping[bytes, int]) -> None:
+        """Raises Refused for more than one slice asks about: all of it is read from the disk."""
+        if len(set(request.shards)) < len(request.shards):
+            raise Refused("the same shard twice in one question")
+        size = sum(sizes.values())
+        if len(sizes) > 1 and size > limits.SURPLUS_PER_SLICE_BYTES:
+            raise Refused(f"{size} bytes to be read for one question")
 
     async def _prove(self, request: messages.Promise, sizes: Mapping[bytes, int]) -> list[bytes]:
         async with self._proving:
@@ -153,7 +171,10 @@ class Trimmer:
 
     async def _keep(self, shard: bytes, size: int, request: messages.Promise) -> bytes:
         """Promises one copy; the proof that it is here, or empty."""
-        if not self._shards.has(shard, size):
+        now_s = self._clock.monotonic_s()
+        if not self._shards.has(shard, size) or not self._promises.may_give(
+            shard, request.seconds, now_s
+        ):
             return b""
         salted = await self._read(shard, request.nonce)
         if not salted or not self._promises.give(shard, request.seconds, self._clock.monotonic_s()):
@@ -164,10 +185,17 @@ class Trimmer:
         return proof_of_possession(salted, self._node_id)
 
     async def _read(self, shard: bytes, nonce: bytes) -> bytes:
-        """The SHA-256 over the nonce and the bytes of the copy here; empty without a good copy."""
+        """The SHA-256 over the nonce and the bytes of the copy here; empty without a good copy. One
+        that several versions name is read once for each nonce."""
+        if (nonce, shard) in self._salted:
+            return self._salted[nonce, shard]
         look = await self._on_disk(partial(self._shards.look, shard, salt=nonce))
         if look.result is VerifyResult.CORRUPT:
             await self._suspect(shard)
+        if look.salted:
+            while len(self._salted) >= limits.SHARDS_PER_PROMISE_MAX * 2:
+                del self._salted[next(iter(self._salted))]
+            self._salted[nonce, shard] = look.salted
         return look.salted
 
     # -- the job
@@ -210,7 +238,8 @@ class Trimmer:
         try:
             nonce = secrets.token_bytes(32)
             salted = {shard: await self._read(shard, nonce) for shard in asked}
-            naming = await self._on_disk(partial(self._namings, frozenset(asked)))
+            good = frozenset(shard for shard in asked if salted[shard])
+            naming = await self._on_disk(partial(self._namings, good))
             claims = await self._claims(naming, nonce, salted)
             surplus = [shard for shard in asked if self._is_surplus(claims.get(shard, ()))]
             dropped_bytes = 0
@@ -279,11 +308,12 @@ class Trimmer:
         nothing = (b"",) * len(shards)
         question = messages.Promise(bytes.fromhex(version), shards, self._promises.lasts_s, nonce)
         try:
-            reply, _ = await self._network.request(
-                node, question, messages.PromiseReply, timeout_s=limits.REQUEST_TIMEOUT_S
-            )
-        except PeerError as error:
-            _log.debug("no_promise", node=node, reason=error.message)
+            async with asyncio.timeout(self._promises.lasts_s * ACT_WITHIN):
+                reply, _ = await self._network.request(
+                    node, question, messages.PromiseReply, timeout_s=limits.REQUEST_TIMEOUT_S
+                )
+        except (PeerError, TimeoutError) as error:
+            _log.debug("no_promise", node=node, reason=str(error))
             return nothing
         return reply.proofs if len(reply.proofs) == len(shards) else nothing
 

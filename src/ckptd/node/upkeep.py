@@ -17,7 +17,7 @@ from ckptd.node.ports import Network, OnDisk
 from ckptd.node.rebalancer import Rebalancer
 from ckptd.node.records import Records
 from ckptd.node.repairer import Repairer
-from ckptd.node.requests import Answerer
+from ckptd.node.requests import NodeAnswerer
 from ckptd.node.trimmer import Trimmer
 from ckptd.observe.metrics import Metrics
 from ckptd.store.copy_reader import VerifyResult
@@ -46,7 +46,7 @@ class Upkeep:
         on_disk: OnDisk,
         clock: Clock,
     ) -> None:
-        self.handlers: dict[type[Message], Answerer] = {}
+        self.handlers: dict[type[Message], NodeAnswerer] = {}
         self.jobs: tuple[Job, ...] = ()
         own_network = OwnNetwork(node_id, self.handlers, network)
         fleet = Fleet(

@@ -47,6 +47,18 @@ REQUESTS: Final[dict[type[Message], frozenset[type[Message]]]] = {
 }
 """Each request with the responses of its own."""
 
+PROGRESSIVE: Final[frozenset[type[Message]]] = frozenset(
+    {
+        messages.Verify,
+        messages.ReportCorrupt,
+        messages.Prune,
+        messages.CopyShards,
+        messages.Promise,
+    }
+)
+"""Requests on control connections that take long. While one is worked on, Progress keeps it alive;
+no other request is, or a peer could hold whoever asks it for as long as it likes."""
+
 ANY_REQUEST: Final[frozenset[type[Message]]] = frozenset({messages.Error, messages.Busy})
 """Final responses that every request may get."""
 

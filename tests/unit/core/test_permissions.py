@@ -15,6 +15,7 @@ ACTIONS = {
     Action.PING: "y y y y -",
     Action.STATUS: "y y y y -",
     Action.HAVE: "y y y y -",
+    Action.TOUCH: "- y y - -",
     Action.INVENTORY: "y y y y -",
     Action.PUT_SHARD: "y y y - -",
     Action.GET_SHARD: "- y y - -",

@@ -61,10 +61,17 @@ def test_who_does_not_tell_what_it_holds_has_the_same_time() -> None:
 
 
 def test_when_half_of_them_are_silent_it_is_rather_the_network() -> None:
-    found = silent(0.0, 600.0, absent_s=600.0)
-    assert not found.unheard and [each.node for each in found.presumed] == ["z"]
-    assert found.waiting.startswith("only 1 of 3 workers are up: no copies are made for b, z")
-    assert silent(0.0, 600.0, 86_400.0, 86_400.0).unheard == frozenset("bcd")
+    """They are connected, so it is rather this node that does not understand them."""
+    found = silent(0.0, 600.0, 9e9)
+    assert not found.unheard
+    assert found.waiting == "b, c does not tell what it holds, and has 600 s for it"
+    assert silent(0.0, 600.0, 0.0, 9e9).unheard == frozenset("bd")
+
+
+def test_one_that_is_silent_keeps_nobody_from_being_repaired_for() -> None:
+    """It is there: it does not count as absent when the majority is looked for."""
+    found = silent(0.0, 600.0, 0.0, absent_s=600.0)
+    assert found.unheard == {"b"} and not found.presumed
 
 
 def test_in_maintenance_a_worker_is_waited_for_however_long_it_takes() -> None:

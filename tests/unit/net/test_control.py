@@ -335,3 +335,25 @@ def test_another_node_than_the_meant_one_is_refused_by_the_client(node: RunningN
             )
 
     run(main())
+
+
+def test_progress_keeps_alive_only_what_takes_long(
+    node: RunningNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that goes on and on would hold whoever asks it, and all that waits for that."""
+
+    async def endless(who: Identity, message: Message, payload: Any, progress: Any) -> Any:
+        for _ in range(15):
+            progress(messages.Progress(()))
+            await asyncio.sleep(0.1)
+        return messages.VerifyReply(()), b""
+
+    async def ask(client: ControlClient) -> None:
+        await client.request(messages.Verify(()), messages.VerifyReply, timeout_s=0.5)
+        began_s = time.monotonic()
+        with pytest.raises(PeerStalled, match="no answer to Ping"):
+            await client.request(messages.Ping(), messages.NodeStatus, timeout_s=0.5)
+        assert time.monotonic() - began_s < 1.4
+
+    handled_by(node, endless, monkeypatch)
+    with_client(node, ask)

@@ -130,7 +130,7 @@ class LoopNode:
         )
         self.jobs = {job.name: job for job in upkeep.jobs}
         self.repairer, self.trimmer = upkeep.repairer, upkeep.trimmer
-        self.requests._handlers |= upkeep.handlers
+        self.of_nodes = upkeep.handlers
 
     def status(self) -> messages.NodeStatus:
         used = self.shards.room().bytes_used
@@ -200,8 +200,11 @@ class _Network:
         if not may({Role.WORKER}, _ACTIONS[type(message)]):
             raise NotAuthorized(f"a worker may not ask {message}")
         try:
-            handler = other.requests._handlers[type(message)]
-            reply, _ = await handler(message, payload, lambda _: None)
+            if (of_node := other.of_nodes.get(type(message))) is not None:
+                reply, _ = await of_node(self._own.id, message, lambda _: None)
+            else:
+                handler = other.requests._handlers[type(message)]
+                reply, _ = await handler(message, payload, lambda _: None)
         except CkptdError as error:
             raise PeerRefused(node, error.kind, error.message) from error
         assert isinstance(reply, answer)
@@ -211,7 +214,7 @@ class _Network:
         self, shard: bytes, size: int, target: str, *, rate_bytes_per_s: float | None = None
     ) -> CopyReport:
         assert rate_bytes_per_s is not None
-        await asyncio.sleep(size / rate_bytes_per_s)
+        await asyncio.sleep(size / rate_bytes_per_s + self._world.slow_s.get(target, 0.0))
         other = self._world.nodes[target]
         if not other.up or not self._own.up:
             raise PeerUnreachable(target, "is down")
@@ -263,6 +266,7 @@ class LoopCluster:
         self.moved: list[tuple[str, str, bytes]] = []
         self.asked: list[tuple[str, str, Message]] = []
         self.mute: set[str] = set()
+        self.slow_s: dict[str, float] = {}  # by node, for each copy that it gets
         self.refuse_copies_on = ""
         self.boot_ids: dict[str, str] = {}
         self.delay_s = 0.001

@@ -464,7 +464,7 @@ def test_a_removal_that_arrives_while_shards_are_marked_stops_the_pass(
 def test_a_pin_that_arrives_while_shards_are_removed_keeps_what_is_left(
     cluster: SmallCluster, monkeypatch: pytest.MonkeyPatch, before: int
 ) -> None:
-    """And the manifest, so that what is gone comes back from others."""
+    """And the manifest: what is left is not without a name."""
     old = cluster.store("run/latest", ONE, TWO)
     new = cluster.store("run/latest", NEW)
     cluster.drop(old, by=new)

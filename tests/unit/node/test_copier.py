@@ -25,12 +25,13 @@ async def copy(
     target: str = "c",
     *,
     source: str = "a",
+    asker: str = "d",
     rate: float = 0.0,
 ) -> list[messages.CopyReport]:
     request = messages.CopyShards(
         bytes.fromhex(version), tuple(digest(data) for data in datas), target, rate
     )
-    reply, _ = await cluster.nodes["d"].network.request(
+    reply, _ = await cluster.nodes[asker].network.request(
         source, request, messages.CopyShardsReply, timeout_s=30
     )
     return list(reply.reports)
@@ -176,6 +177,38 @@ def test_a_slow_target_keeps_nobody_else_from_getting_copies(in_cluster: RunInCl
     in_cluster(body, config=RepairConfig(after_s=60.0, rate_bytes_per_s=64, promise_s=30.0))
 
 
+def test_whoever_asks_leaves_room_for_what_others_ask(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["a"] * 3)
+        held = [
+            asyncio.create_task(copy(cluster, version, datas[:1], target, asker="d", rate=8.0))
+            for target in "bc"
+        ]
+        await asyncio.sleep(0.1)
+        with pytest.raises(PeerRefused):  # a third one of the same asker
+            await copy(cluster, version, datas[:1], "d", asker="d")
+        assert states(await copy(cluster, version, datas[1:2], "c", asker="b")) == ["durable"]
+        assert not any(task.done() for task in held)
+        await asyncio.gather(*held)
+
+    in_cluster(body, config=RepairConfig(after_s=60.0, rate_bytes_per_s=64, promise_s=30.0))
+
+
+def test_all_requests_together_are_bounded(
+    in_cluster: RunInCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["a"])
+        held = asyncio.create_task(copy(cluster, version, datas, "b", asker="d", rate=8.0))
+        await asyncio.sleep(0.1)
+        with pytest.raises(PeerRefused):
+            await copy(cluster, version, datas, "c", asker="b")
+        await held
+
+    monkeypatch.setattr(limits, "BULK_PUSH_SLOTS", 1)
+    in_cluster(body, config=RepairConfig(after_s=60.0, rate_bytes_per_s=64, promise_s=30.0))
+
+
 def test_a_request_for_next_to_no_rate_gets_a_share_that_ends(in_cluster: RunInCluster) -> None:
     """A stolen worker could ask for a byte in a year, and hold a sending for as long."""
 
@@ -183,7 +216,7 @@ def test_a_request_for_next_to_no_rate_gets_a_share_that_ends(in_cluster: RunInC
         version, datas = cluster.store(["ab"])
         began_s = cluster.now_s
         await copy(cluster, version, datas, rate=1e-9)
-        assert cluster.now_s - began_s == pytest.approx(limits.CLUSTER_NODES_MAX, rel=0.1)
+        assert cluster.now_s - began_s == pytest.approx(limits.COPY_RATE_SHARES_MAX, rel=0.1)
 
     in_cluster(body, config=RepairConfig(after_s=60.0, rate_bytes_per_s=64, promise_s=30.0))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from tests.cluster.kill_fixtures import wait_until
 from tests.unit.node.running_nodes import CLUSTER, RunningNode
@@ -11,6 +13,8 @@ from tests.unit.node.test_records import member, signer_of
 from ckptd.core import documents
 from ckptd.core.identity import Identity, Role
 from ckptd.errors import DocumentRefused
+from ckptd.node.records import TooManyByWorker
+from ckptd.wire import messages
 
 
 def test_a_node_whose_disk_has_failed_is_heard_of_no_more(two_nodes: list[RunningNode]) -> None:
@@ -73,3 +77,23 @@ def test_an_address_that_is_none_is_passed_over(two_nodes: list[RunningNode]) ->
     wait_until(lambda: (peers.known_until_s(other.node_id) or 0.0) > 0.0, "an exchange")
     keeper = peers._keepers["no address"]
     assert keeper.done() and keeper.exception() is None
+
+
+def test_what_one_worker_wrote_too_much_of_keeps_nobody_from_having_heard(
+    two_nodes: list[RunningNode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a stolen one could, for ever: others get other documents of it than this node."""
+    node = two_nodes[0]
+    peers = node.node.peers
+    assert peers is not None
+    told = messages.DocumentView(memoryview(b"{}"), b"s")
+
+    def admitted(error: DocumentRefused) -> bool:
+        def put(*_: object) -> str:
+            raise error
+
+        monkeypatch.setattr(node.node.records, "put", put)
+        return asyncio.run_coroutine_threadsafe(peers._admit("pi2", told), node.loop).result(9)
+
+    assert admitted(TooManyByWorker("over 1024"))
+    assert not admitted(DocumentRefused("forged"))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 from tests.unit.node.loop_cluster import SIZE, LoopCluster, RunInCluster
 
 from ckptd.config import RepairConfig
@@ -294,6 +298,8 @@ def test_who_gives_no_answer_is_not_repaired_for_until_it_takes_too_long(
             return all(len(set(cluster.holders(data)) - {"c"}) >= 2 for data in datas)
 
         await cluster.until(safe_without_c, 60)
+        _, more = cluster.store(["a"] * 12)
+        await cluster.until(lambda: all_safe(cluster, more), 60)
         assert not any(target == "c" for _, target, _ in cluster.moved)
         view = steward.view()
         assert view is not None and view.waiting.endswith("what it holds: others get its copies")
@@ -302,6 +308,76 @@ def test_who_gives_no_answer_is_not_repaired_for_until_it_takes_too_long(
         await cluster.until(lambda: (v := steward.view()) is not None and not v.waiting, 60)
 
     in_cluster(body)
+
+
+def silence(cluster: LoopCluster, node: str, when: Callable[[], bool]) -> None:
+    """Lets a node that is up leave the question for its inventory unanswered, for 30 s each."""
+    handlers = cluster.nodes[node].requests._handlers
+    answer = handlers[messages.Inventory]
+
+    async def inventory(*question: Any) -> Any:
+        if when():
+            await asyncio.sleep(30.0)
+            raise StoreOperationFailed("not now")
+        return await answer(*question)
+
+    handlers[messages.Inventory] = inventory
+
+
+def test_who_answers_when_nothing_is_planned_is_silent_all_the_same(
+    in_cluster: RunInCluster,
+) -> None:
+    """A busy node might answer in each round, and never when copies are planned."""
+
+    async def body(cluster: LoopCluster) -> None:
+        _, datas = cluster.store(["a", "a"])
+        steward = cluster.nodes["a"].repairer
+        silence(cluster, "c", lambda: bool(steward._queue))
+        await cluster.until(lambda: all_safe(cluster, datas), 400)
+
+    in_cluster(body)
+
+
+def test_who_comes_and_goes_and_never_tells_is_silent_all_the_time(
+    in_cluster: RunInCluster,
+) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        _, datas = cluster.store(["ac", "bc"])
+        for _ in range(8):
+            silence(cluster, "c", lambda: True)
+            await cluster.run(50)
+            cluster.kill("c")
+            await cluster.run(5)
+            cluster.start("c")
+        assert all(len(set(cluster.holders(data)) - {"c"}) >= 2 for data in datas)
+
+    in_cluster(body)
+
+
+def test_one_that_is_silent_does_not_make_repair_slow(
+    in_cluster: RunInCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        for _ in range(6):
+            cluster.store(PAIRS[:2])
+        silence(cluster, "d", lambda: True)
+        await cluster.run(200)
+        _, datas = cluster.store(["a", "b"])
+        assert await cluster.until(lambda: all_safe(cluster, datas), 600) < 400
+
+    monkeypatch.setattr(limits, "VERSIONS_PER_QUESTION", 1)
+    in_cluster(body)
+
+
+def test_a_slow_target_does_not_hold_up_the_others(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        _, datas = cluster.store(["ab", "ac", "ad", "be", "bd", "ae"] * 3)
+        await cluster.run(20)
+        cluster.slow_s["c"] = 150.0
+        cluster.kill("b")
+        assert await cluster.until(lambda: all_safe(cluster, datas), 2000) < 500
+
+    in_cluster(body, nodes="abcde")
 
 
 def test_a_removed_version_is_not_repaired(in_cluster: RunInCluster) -> None:

@@ -12,8 +12,9 @@ from tests.unit.node.loop_cluster import LoopCluster, LoopNode, RunInCluster
 
 from ckptd.core import limits
 from ckptd.core.trimming import proof_of_possession
-from ckptd.errors import NotFound, PeerRefused, StoreOperationFailed
+from ckptd.errors import NotFound, PeerBusy, PeerRefused, StoreOperationFailed
 from ckptd.node.jobs import JobProgress
+from ckptd.store.copy_reader import Look
 from ckptd.wire import messages
 
 PROMISE_S = 30.0
@@ -296,11 +297,12 @@ def answering(
 ) -> None:
     """Lets a node answer every Promise with something else."""
 
-    async def promise(request: messages.Promise, *_: object) -> tuple[messages.Message, bytes]:
+    async def promise(
+        _: str, request: messages.Promise, *__: object
+    ) -> tuple[messages.Message, bytes]:
         return messages.PromiseReply(answer(request)), b""
 
-    handlers = cluster.nodes[liar].requests._handlers
-    handlers[messages.Promise] = promise
+    cluster.nodes[liar].of_nodes[messages.Promise] = promise
 
 
 def test_a_promise_without_the_bytes_is_worth_nothing(in_cluster: RunInCluster) -> None:
@@ -332,6 +334,93 @@ def test_a_promise_without_the_bytes_is_worth_nothing(in_cluster: RunInCluster) 
             await hint(cluster, "a", version, datas)
             await trim(cluster.nodes["a"])
             assert [cluster.holders(data) for data in datas] == ["abc", "ab"], lie.__name__
+
+    in_cluster(body)
+
+
+def reads(cluster: LoopCluster, node: str) -> list[bytes]:
+    """The shards that a node reads from now on, as often as it does."""
+    found: list[bytes] = []
+    shards = cluster.nodes[node].shards
+    real = shards.look
+
+    def look(digest: bytes, *, salt: bytes = b"") -> Look:
+        found.append(digest)
+        return real(digest, salt=salt)
+
+    shards.look = look  # type: ignore[method-assign]
+    return found
+
+
+def test_a_question_that_cannot_be_answered_reads_nothing(
+    in_cluster: RunInCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stolen worker could keep a disk busy all day."""
+
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc", "abc", "a"])
+        found = reads(cluster, "b")
+        with pytest.raises(PeerRefused, match="twice"):
+            await ask(cluster, "b", version, [datas[0]] * 2)
+        with pytest.raises(PeerRefused, match="192 bytes to be read"):
+            await ask(cluster, "b", version, datas)
+        assert await ask(cluster, "b", version, datas[:2], PROMISE_S + 1) == [False, False]
+        assert await ask(cluster, "b", version, datas[2:]) == [False]
+        assert found == []
+        assert await ask(cluster, "b", version, datas[:1]) == [True]
+        assert found == [digest(datas[0])]
+
+    monkeypatch.setattr(limits, "SURPLUS_PER_SLICE_BYTES", 2 * 64)
+    in_cluster(body)
+
+
+def test_a_shard_of_several_versions_is_read_once(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc"])
+        for number in range(5):
+            cluster.manifest(datas, name=f"run/again{number}")
+        await asyncio.sleep(PROMISE_S)
+        found = reads(cluster, "b")
+        await hint(cluster, "a", version, datas)
+        await trim(cluster.nodes["a"])
+        assert cluster.holders(datas[0]) == "bc"
+        assert found == [digest(datas[0])]
+
+    in_cluster(body)
+
+
+def test_one_question_of_each_and_one_reading_at_a_time(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abc", "abc"])
+        trimmer = cluster.nodes["b"].trimmer
+        at_work = most = 0
+
+        async def slow_read(shard: bytes, nonce: bytes) -> bytes:
+            nonlocal at_work, most
+            at_work += 1
+            most = max(most, at_work)
+            await asyncio.sleep(0.5)
+            at_work -= 1
+            return b""
+
+        trimmer._read = slow_read  # type: ignore[method-assign]
+
+        async def asked_by(node: str) -> None:
+            question = messages.Promise(
+                bytes.fromhex(version), (digest(datas[0]),), PROMISE_S, bytes(32)
+            )
+            await cluster.nodes[node].network.request(
+                "b", question, messages.PromiseReply, timeout_s=9
+            )
+
+        both = [asyncio.create_task(asked_by(node)) for node in "ac"]
+        await asyncio.sleep(0.1)
+        with pytest.raises(PeerRefused) as refused:
+            await asked_by("a")
+        assert isinstance(refused.value.__cause__, PeerBusy)
+        await asyncio.gather(*both)
+        await asked_by("a")
+        assert most == 1
 
     in_cluster(body)
 

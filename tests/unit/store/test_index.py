@@ -51,6 +51,13 @@ def test_it_answers_like_a_dictionary(done: list[tuple[str, bytes, int]]) -> Non
         assert index.verified_at(digest) == (None if verified == NEVER else verified)
 
 
+def test_a_touch_never_goes_back() -> None:
+    index = ShardIndex()
+    index.set(bytes(32), 1, verified_at=NEVER, touched_at=5.0)
+    assert index.touch(bytes(32), 4.0) and index.touched_at(bytes(32)) == 5.0
+    assert index.touch(bytes(32), 6.0) and index.touched_at(bytes(32)) == 6.0
+
+
 def test_100000_shards_stay_small() -> None:
     index = ShardIndex()
     shards = [(hashlib.sha256(number.to_bytes(4, "big")).digest(), 1) for number in range(100_000)]
