@@ -221,8 +221,6 @@ class Repairer:
         """Asks until the time is over; whether the round has come to its end."""
         needs = self._needs(sight)
         workers = {worker.node: worker for worker in sight.workers}
-        if not scan.is_full:
-            scan.silent |= self._absences.unheard
         scan.asked.update(sight.up)
         while (batch := scan.next_batch()) is not None:
             young = {header.id for header in batch if self._is_young(header)}

@@ -95,8 +95,6 @@ class Sending:
         left_bytes: dict[str, float] = {}
         found: dict[tuple[str, str], list[Copy]] = {}
         for copy in copies:
-            if copy.target in self.late:
-                continue
             left = left_bytes.get(copy.source, self.slice_bytes)
             if left > 0:
                 left_bytes[copy.source] = left - copy.size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -485,6 +485,25 @@ def test_a_pin_that_arrives_while_shards_are_removed_keeps_what_is_left(
     assert removals == 2
     assert pi1.has(ONE) + pi1.has(TWO) == 3 - before
     assert old in pi1.records.catalogue
+
+
+def test_no_manifest_is_taken_in_while_it_is_dropped(
+    cluster: SmallCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be known, and be on no disk."""
+    removed = cluster.store("run/latest", ONE)
+    cluster.remove(removed)
+    outlive_the_grace(cluster)
+    records = cluster["pi1"].records
+    drop, held = records._files.drop, []
+
+    def looked_at(version_ids: Sequence[str]) -> None:
+        held.append(records._parsing.locked())
+        drop(version_ids)
+
+    monkeypatch.setattr(records._files, "drop", looked_at)
+    cluster["pi1"].collect()
+    assert held == [True] and removed not in records.catalogue
 
 
 def test_what_was_dropped_and_waits_is_kept_when_the_disk_is_swept(cluster: SmallCluster) -> None:

@@ -425,6 +425,26 @@ def test_one_question_of_each_and_one_reading_at_a_time(in_cluster: RunInCluster
     in_cluster(body)
 
 
+def test_who_never_answers_holds_up_nothing_longer_than_promises_are_worth(
+    in_cluster: RunInCluster,
+) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["abcd"])
+        await asyncio.sleep(PROMISE_S)
+
+        async def never(*_: object) -> tuple[messages.Message, bytes]:
+            await asyncio.sleep(1e9)
+            raise AssertionError
+
+        cluster.nodes["c"].of_nodes[messages.Promise] = never
+        await hint(cluster, "a", version, datas)
+        began_s = cluster.now_s
+        await trim(cluster.nodes["a"])
+        assert cluster.now_s - began_s == pytest.approx(PROMISE_S / 2, abs=1)
+
+    in_cluster(body)
+
+
 def test_a_slice_is_bounded_by_what_is_read_for_it(
     in_cluster: RunInCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
