@@ -153,6 +153,8 @@ class Guarantees:
         self.ledger = ledger
         self.media = Media(cluster)
         self.alone_since_s: dict[str, float] = {}
+        # Also in the middle of a step: a node that comes back in it is heard at once.
+        cluster.on_topology = self.note_topology
 
     def check(self) -> None:
         """Everything that must hold always."""
