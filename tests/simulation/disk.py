@@ -164,8 +164,8 @@ class SimulatedDisk(ModelDisk):
         return found
 
     def quarantined(self) -> dict[str, list[File]]:
-        """By shard, the copies in quarantine, and those that are on their way there or back: such a
-        move loses no name without the other one being there."""
+        """By id, the shards and documents in quarantine, and the shards that are on their way there
+        or back: such a move loses no name without the other one being there."""
         shards = self._durable_directory(f"{STORE}/shards")
         above = [] if shards is None else list(shards.durable.values())
         directories = [each for each in above if isinstance(each, Directory)]

@@ -81,7 +81,7 @@ class Media:
         return {name for name, file in node.disk.shards().items() if self.hash_of(file) != name}
 
     def set_aside(self, node: SimulatedNode) -> set[str]:
-        """Shards of which a whole copy lies in quarantine: its reading was bad, not it."""
+        """Shards, and documents, that lie whole in quarantine: their reading was bad, not they."""
         found = node.disk.quarantined()
         return {name for name in found if any(self.hash_of(file) == name for file in found[name])}
 
