@@ -194,6 +194,7 @@ class SimulatedNode:
         self.process = Process(self.host, self.name)
         self.process.disk = self.disk
         self.cluster.note(f"{self.name} starts")
+        self.cluster.on_topology()
         context = kernel.in_process(self.process)
         context.run(self._begin)
 
@@ -229,6 +230,7 @@ class SimulatedNode:
             self.host.power_off()
         self.disk = self.disk.after_crash(power_cut=power_cut)
         self.node = None
+        self.cluster.on_topology()
 
     def wipe(self) -> None:
         """A new, empty card. The daemon must not be running."""
@@ -257,6 +259,7 @@ class SimulatedCluster:
         self.laptop.power_on(0.0)
         self.nodes: dict[str, SimulatedNode] = {}
         self.commands = 0
+        self.on_topology: Callable[[], None] = lambda: None  # a node has started, or died
 
     def __enter__(self) -> SimulatedCluster:
         substitutes.install()

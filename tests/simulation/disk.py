@@ -163,6 +163,24 @@ class SimulatedDisk(ModelDisk):
             found.update(self.durable_files(f"{STORE}/shards/{name}"))
         return found
 
+    def quarantined(self) -> dict[str, list[File]]:
+        """By id, the shards and documents in quarantine, and the shards that are on their way there
+        or back: such a move loses no name without the other one being there."""
+        shards = self._durable_directory(f"{STORE}/shards")
+        above = [] if shards is None else list(shards.durable.values())
+        directories = [each for each in above if isinstance(each, Directory)]
+        quarantine = self._durable_directory(f"{STORE}/quarantine")
+        if quarantine is not None:
+            directories.append(quarantine)
+        named = {id(file) for directory in directories for file in directory.durable.values()}
+        lying = self.shards().values()
+        found: dict[str, list[File]] = {}
+        for directory in directories:
+            for name, file in directory.seen.items():
+                if isinstance(file, File) and id(file) in named and file not in lying:
+                    found.setdefault(name[:64], []).append(file)
+        return found
+
     def flip_bit(self, file: File) -> None:
         position = self._chooser.randrange(len(file.durable))
         content = bytearray(file.durable)

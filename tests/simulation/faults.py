@@ -155,7 +155,8 @@ class Faults:
 
     def loses(self, node: SimulatedNode) -> bool:
         """Whether all of a node's disk may be lost now. Then that is noted."""
-        shards = self.guarantees.media.good_shards(node)
+        media = self.guarantees.media
+        shards = media.good_shards(node) | media.set_aside(node)
         if not self.guarantees.may_damage(node, shards):
             return False
         self.ledger.lost_at_s = self.world.now_s

@@ -212,11 +212,14 @@ class Cluster:
         self, question: Callable[[Node], Awaitable[_T]]
     ) -> dict[str, _T]:
         """Asks one node of each distinct catalogue (nodes with equal digests know the same, but
-        for manifests of dead versions)."""
-        distinct: dict[bytes, Node] = {}
+        for manifests of dead versions). Where that one fails, all others that know the same are
+        asked: what they know is not nowhere because one of them fell asleep."""
+        distinct: dict[bytes, list[Node]] = {}
         for node in self.workers:
-            distinct.setdefault(node.status.documents_digest, node)
-        return await self.ask_all(question, distinct.values())
+            distinct.setdefault(node.status.documents_digest, []).append(node)
+        answers = await self.ask_all(question, [nodes[0] for nodes in distinct.values()])
+        silent = [nodes for nodes in distinct.values() if nodes[0].id not in answers]
+        return answers | await self.ask_all(question, [n for nodes in silent for n in nodes[1:]])
 
     async def signed(self, document_id: str) -> messages.SignedDocument:
         """A signed document from any node that has it whole. Raises NotFound."""
@@ -255,9 +258,10 @@ class Cluster:
     async def catalogue(self, *, with_dead: bool = False) -> Catalogue:
         """What the nodes that answer know: tombstones, marks and members fetched and checked one
         by one, manifests as headers (their bodies are checked when they are used). `with_dead`: as
-        for `headers`."""
+        for `headers`. Raises NotEnoughNodes when no worker answers."""
         self.require_nodes()
         merged = await self.headers(with_dead=with_dead)
+        self.require_nodes()  # if none is left that was asked, that does not mean there is nothing
         catalogue = Catalogue(self.cluster)
         small = [key for key, header in merged.items() if header.kind != "manifest"]
         for document_id, document, author in await self.fetch(small):

@@ -49,9 +49,11 @@ class Link:
         cluster = await self.cluster()
         await cluster.refresh()
         cluster.require_nodes()
-        digests = frozenset(node.status.documents_digest for node in cluster.workers)
-        if self._catalogue is None or self._catalogue[0] != digests:
-            self._catalogue = digests, await cluster.catalogue()
+        if self._catalogue is None or self._catalogue[0] != _digests(cluster):
+            catalogue = await cluster.catalogue()
+            # Without that of a node that fell silent while it was asked: it is asked once it is
+            # back.
+            self._catalogue = _digests(cluster), catalogue
         return self._catalogue[1]
 
     async def close(self) -> None:
@@ -60,3 +62,7 @@ class Link:
         self._catalogue = None
         await self._stack.aclose()
         self._stack = AsyncExitStack()
+
+
+def _digests(cluster: Cluster) -> frozenset[bytes]:
+    return frozenset(node.status.documents_digest for node in cluster.workers)
