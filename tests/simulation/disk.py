@@ -52,7 +52,7 @@ class SimulatedDisk(ModelDisk):
         self.last_call: tuple[str, int] | None = None  # dies after so many of these calls
         self.on_last_call: Callable[[], None] = lambda: None
         self.on_removed: Callable[[str, bytes], None] | None = None
-        self.arrived_s: dict[str, float] = {}  # when a shard got its name, the last time
+        self.arrived_s: dict[str, float] = {}  # when a shard got its name, or a path in quarantine
         self.used_bytes = sum(
             _rounded(len(node.seen)) for node in self._nodes() if isinstance(node, File)
         )
@@ -120,6 +120,8 @@ class SimulatedDisk(ModelDisk):
         super().rename(source, target)
         if target.startswith(f"{STORE}/shards/"):
             self.arrived_s[name] = kernel().now_s
+        elif target.startswith(f"{STORE}/quarantine/"):
+            self.arrived_s[target] = kernel().now_s
         if isinstance(replaced, File):
             self.used_bytes -= _rounded(len(replaced.seen))
 

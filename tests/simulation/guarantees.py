@@ -22,6 +22,9 @@ whoever relied on it."""
 _LAST_ANSWER_S: Final = 60.0
 """So long what was on its way may still arrive."""
 
+_ASKED_WITHIN_S: Final = 120.0
+"""What retention writes it has asked about so recently, at most."""
+
 
 @dataclass
 class Version:
@@ -155,6 +158,7 @@ class Guarantees:
         self.alone_since_s: dict[str, float] = {}
         # Also in the middle of a step: a node that comes back in it is heard at once.
         cluster.on_topology = self.note_topology
+        self.checked_s = 0.0
 
     def check(self) -> None:
         """Everything that must hold always."""
@@ -163,6 +167,7 @@ class Guarantees:
         self.check_no_bad_copy_by_itself(look)
         self.check_documents(look)
         self.check_runs(look)
+        self.checked_s = self.cluster.kernel.now_s
 
     def live_protected(self) -> list[Version]:
         """Versions that were announced as protected and that nobody has removed."""
@@ -243,8 +248,25 @@ class Guarantees:
                 self.cluster.fail(
                     f"retention dropped {dropped.id[:12]} for the sake of an older one"
                 )
-        if not self.is_dead(justified_by.id) and look.copies(justified_by) < 1:
-            self.cluster.fail("retention is justified by a version that is not whole")
+        if self.is_dead(justified_by.id):
+            return
+        copies = look.copies(justified_by)
+        if copies < 1 or (copies < justified_by.copies and not self._may_have_shrunk(justified_by)):
+            self.cluster.fail(
+                f"retention is justified by {justified_by.name}@{justified_by.id[:12]}, and of "
+                f"{justified_by.copies} copies media have {copies}"
+            )
+
+    def _may_have_shrunk(self, version: Version) -> bool:
+        """Whether a version may have been protected when retention relied on it, since the last
+        check, and was damaged then or is in a way that nobody has found."""
+        since_s = self.checked_s - _ASKED_WITHIN_S
+        shards = set(version.shards)
+        return (
+            self.ledger.lost_at_s >= since_s
+            or any(shard in shards for _, shard in self.ledger.flipped)
+            or any(self.ledger.damaged_at_s.get(shard, -1e9) >= since_s for shard in shards)
+        )
 
     # Guarantee 4, too: of each run something stays that was protected, unless people removed it.
     def check_runs(self, look: Look) -> None:
@@ -308,6 +330,7 @@ class Guarantees:
         live = [version for version in self.live_protected() if shard in version.shards]
         others = look.holders(shard) - {node.name}
         if "/quarantine/" in path:
+            self._check_grace(node, path, f"gave up a quarantined copy of shard {shard[:12]}")
             if not whole and live and not look.holders(shard):
                 self.cluster.fail(f"{node.name} gave up on the last copy of shard {shard[:12]}")
             return
@@ -332,16 +355,24 @@ class Guarantees:
         )
         if not named:
             self._check_collected(node, shard, known)
+        elif self._has_promised(node, shard):
+            self.cluster.fail(
+                f"{node.name} dropped shard {shard[:12]}, and had promised to keep it"
+            )
+
+    def _has_promised(self, node: SimulatedNode, shard: str) -> bool:
+        """Whether somebody may still rely on a node's copy. No medium tells; who asks relies on it
+        in ways in which nobody need be harmed by one that is broken."""
+        background = node.node.background if node.node is not None else None
+        if background is None:
+            return False
+        now_s = node.host.monotonic_s(self.cluster.kernel.now_s)
+        return background._upkeep.trimmer._promises.promised(bytes.fromhex(shard), now_s)
 
     # Design 3: what garbage collection waits for.
     def _check_collected(self, node: SimulatedNode, shard: str, known: set[str]) -> None:
-        now_s = self.cluster.kernel.now_s
         grace_s = self.cluster.settings.gc_grace_s
-        begun_s = max(node.started_s, node.disk.arrived_s.get(shard, 0.0))
-        if now_s - begun_s < grace_s:
-            self.cluster.fail(
-                f"{node.name} collected shard {shard[:12]} {now_s - begun_s:.0f} s after it came"
-            )
+        begun_s = self._check_grace(node, shard, f"collected shard {shard[:12]}")
         alone_s = self.alone_since_s.get(node.name)
         if alone_s is not None and alone_s + _LAST_ANSWER_S < begun_s + grace_s:
             self.cluster.fail(f"{node.name} collected shard {shard[:12]}, and had heard of nobody")
@@ -349,6 +380,14 @@ class Guarantees:
             self.cluster.fail(
                 f"{node.name} collected shard {shard[:12]}, and has a document it cannot read"
             )
+
+    def _check_grace(self, node: SimulatedNode, name: str, what: str) -> float:
+        """What a node saw of a copy it has forgotten at its start. Returns when its grace began."""
+        begun_s = max(node.started_s, node.disk.arrived_s.get(name, 0.0))
+        since_s = self.cluster.kernel.now_s - begun_s
+        if since_s < self.cluster.settings.gc_grace_s:
+            self.cluster.fail(f"{node.name} {what} {since_s:.0f} s after it came")
+        return begun_s
 
     def note_topology(self) -> None:
         """To be called whenever machines or links came or went: who can hear of no other worker."""

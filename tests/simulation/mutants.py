@@ -236,10 +236,10 @@ MUTANTS: Final = (
         "if True:",
     ),
     Mutant(
-        "the scrub reads nothing",
-        "ckptd.node.scrubber:Scrubber._read_next",
-        "while self._queue:",
-        "while False:",
+        "the scrub finds nothing",
+        "ckptd.node.scrubber:Scrubber._look",
+        "if look.result is VerifyResult.CORRUPT:",
+        "if False:",
     ),
     Mutant(
         "missing copies are not made anew",
