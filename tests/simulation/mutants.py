@@ -243,8 +243,8 @@ MUTANTS: Final = (
     ),
     Mutant(
         "missing copies are not made anew",
-        "ckptd.core.steward:most_are_live",
-        "return 2 * sum(each.is_live for each in workers) > len(workers)",
-        "return False",
+        "ckptd.node.repairer:Repairer.step",
+        "moved = await self._repair(sight) if self._queue else False",
+        "moved = False",
     ),
 )
