@@ -1,4 +1,4 @@
-"""Which node plans repair, rebalancing and retention, and whether it is the time for it.
+"""Which node plans repair, rebalancing and retention.
 
 Nobody is elected: each node computes the steward from what it sees. Two at once do no harm, since
 nobody orders a removal (docs/decisions/steward.md).
@@ -67,23 +67,3 @@ def steward(nodes: Iterable[Standing]) -> str | None:
         if ids:
             return min(ids)
     return None
-
-
-def most_are_live(nodes: Iterable[Standing]) -> bool:
-    """Whether more than half of the remembered workers are live: else it is rather this node that
-    is cut off, and what looks lost is likely to be on the other side."""
-    workers = [each for each in nodes if each.is_worker]
-    return 2 * sum(each.is_live for each in workers) > len(workers)
-
-
-def absent_long(nodes: Iterable[Standing], after_s: float) -> frozenset[str]:
-    """The workers whose copies are to be replaced: absent for at least `after_s`
-    (`repair.after`), and nobody works on them."""
-    return frozenset(
-        each.node
-        for each in nodes
-        if each.is_worker
-        and each.absent_s is not None
-        and each.absent_s >= after_s
-        and not each.maintenance_s
-    )

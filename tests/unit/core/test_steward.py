@@ -1,10 +1,10 @@
-"""Who plans, whether it is time to, and for whom."""
+"""Who plans."""
 
 from __future__ import annotations
 
 from msgspec.structs import replace
 
-from ckptd.core.steward import Standing, absent_long, most_are_live, steward
+from ckptd.core.steward import Standing, steward
 
 WORKER = frozenset({"worker"})
 COORDINATOR = frozenset({"coordinator"})
@@ -33,26 +33,6 @@ def test_without_a_coordinator_it_is_the_live_worker_with_the_smallest_id() -> N
 def test_nobody_is_steward_when_nobody_is_live() -> None:
     assert steward([]) is None
     assert steward([worker("a", absent_s=1.0)]) is None
-
-
-def test_more_than_half_of_the_remembered_workers_must_be_live() -> None:
-    assert most_are_live([worker("a"), worker("b"), worker("c", absent_s=1.0)])
-    assert not most_are_live([worker("a"), worker("b", absent_s=1.0)])
-    assert not most_are_live([worker("a"), replace(worker("b"), failed=True)])
-    assert most_are_live([worker("a"), coordinator("x", absent_s=1.0)])
-    assert not most_are_live([coordinator("x")])
-    assert not most_are_live([])
-
-
-def test_copies_are_replaced_for_workers_that_are_absent_for_long() -> None:
-    nodes = [
-        worker("present"),
-        worker("short", absent_s=599.0),
-        worker("long", absent_s=600.0),
-        replace(worker("under repair", absent_s=700.0), maintenance_s=1.0),
-        coordinator("coordinator", absent_s=700.0),
-    ]
-    assert absent_long(nodes, 600.0) == {"long"}
 
 
 def test_who_takes_copies() -> None:

@@ -11,7 +11,6 @@ from ckptd.config import MembershipConfig
 from ckptd.core.documents import Drain, Forget, Maintenance, Member
 from ckptd.core.identity import Identity, Role
 from ckptd.core.roster import Roster
-from ckptd.core.steward import absent_long, most_are_live
 from ckptd.node.members import Members
 from ckptd.observe.metrics import Metrics
 from ckptd.wire.messages import Hello, NodeStatus
@@ -136,8 +135,6 @@ def test_who_was_not_heard_since_the_start_is_absent_since_then() -> None:
         "c": 30.0,
         "d": 30.0,
     }
-    assert not most_are_live(standings.values())
-    assert absent_long(standings.values(), 30.0) == {"c", "d"}
     assert cluster.members.absent_since("c") == 1000.0
     assert cluster.members.absent_since("b") is None
     assert cluster.states() == {"a": "up", "c": "down", "d": "down"}
@@ -221,10 +218,8 @@ def test_draining_and_maintenance_show_in_states_and_standings() -> None:
     assert standings["c"].maintenance_s == 599.0 and standings["c"].takes_copies
     cluster.wait(30.0, hearing="d")
     assert cluster.states() == {"a": "down", "c": "maintenance", "d": "up"}
-    assert absent_long(cluster.members.standings().values(), 5.0) == {"a"}
     cluster.wait(600.0, hearing="d")
     assert cluster.states()["c"] == "down"
-    assert absent_long(cluster.members.standings().values(), 5.0) == {"a", "c"}
 
 
 def test_a_nodes_own_state() -> None:
