@@ -218,7 +218,6 @@ PRUNE_ROWS_MAX: Final = 8192  # versions that go, and those that stay, in one an
 PRUNE_REASON_MAX: Final = 160  # characters
 UNSTORED_PER_MESSAGE_MAX: Final = 500  # checkpoints that wait, in one answer
 RECONNECT_NODES_S: Final = 5.0  # between two tries to reach nodes that did not answer
-STORE_RETRY_MAX_S: Final = 60.0  # between two tries to store the same checkpoint
 SURVEY_INTERVAL_MIN_S: Final = 15.0  # between two looks at the state of all versions
 SURVEY_SHARE_MAX: Final = 0.02  # of the time that these looks may take
 CONTENT_MEMORY_ENTRIES_MAX: Final = 20_000  # checkpoints whose content id is remembered
