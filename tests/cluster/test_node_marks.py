@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 import yaml
 from tests.cluster.hostile import Place, RawPeer, files_of, is_refused
-from tests.cluster.kill_fixtures import BreakableCluster, make_checkpoint, wait_until
+from tests.cluster.kill_fixtures import (
+    BreakableCluster,
+    breakable_cluster,
+    make_checkpoint,
+    wait_until,
+)
 
 from ckptd.client import pki
 from ckptd.config import load
@@ -103,6 +108,17 @@ def test_a_forgotten_node_is_out_for_good_and_a_new_machine_may_bear_its_id(
     wait_until(lambda: states(cluster)["node2"] == "up", "node2 to be a member again")
     for node_id in others:
         assert not is_refused_in(cluster, node_id)
+
+
+def test_a_coordinator_knows_at_once_who_was_forgotten(tmp_path: Path) -> None:
+    """It says so in the next moment, although it hears of the others only now and then."""
+    settings = ("membership.heartbeat=20s", "membership.suspect=40s", "membership.down=60s")
+    options = {"count": 3, "coordinator": True, "settings": settings}
+    with breakable_cluster(tmp_path / "local", **options) as cluster:
+        cluster.kill("node2")
+        assert states(cluster)["node2"] != "forgotten"
+        assert cluster.command("forget", "node2", "--yes").code == 0
+        assert states(cluster)["node2"] == "forgotten"
 
 
 def is_refused_in(cluster: BreakableCluster, node_id: str) -> bool:

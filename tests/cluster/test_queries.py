@@ -447,6 +447,7 @@ def test_status_while_nodes_die_one_after_the_other(
     stored = cluster.store(make_checkpoint(tmp_path / "a", 1), "run/a")
     holders = [set(nodes) for nodes in cluster.all_shards().values()]
     first = sorted(holders[0])[0]
+    assert ask(cluster, "jobs", "pause", "repair").code == 0  # else it is soon protected again
     cluster.kill(first)
     wait_until(lambda: ask(cluster, "status").code != 0, "the dead node not to count any more")
     degraded = ask(cluster, "status")

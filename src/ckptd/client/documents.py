@@ -63,12 +63,17 @@ async def stamp(cluster: Cluster, catalogue: Catalogue) -> Stamp:
 
 async def write(cluster: Cluster, catalogue: Catalogue, document: Document) -> None:
     """Publishes a document and adds it to `catalogue`. Raises as `publish`, and NotEnoughNodes or
-    Refused when no node keeps it."""
+    Refused when no worker keeps it.
+
+    Nodes that keep no shards are told as well: it counts for nothing that they have it, but what
+    they say of the cluster in the next moment should not be what was so before.
+    """
     raw = documents.encode(document)
     results = await publish(cluster, raw)
     document_id = documents.document_id(raw)
     if not stored_on(results):
         raise refusals(results, document_id)
+    await publish(cluster, raw, [node for node in cluster.nodes.values() if node.id not in results])
     catalogue.add(document_id, document, author=cluster.identity)
 
 
@@ -114,10 +119,13 @@ async def manifests(
             weight += own
 
 
-async def publish(cluster: Cluster, raw: bytes) -> dict[str, messages.PutDocumentResult]:
-    """Signs the document `raw` and sends it to all workers at once; their answers by node id.
+async def publish(
+    cluster: Cluster, raw: bytes, nodes: Iterable[Node] | None = None
+) -> dict[str, messages.PutDocumentResult]:
+    """Signs the document `raw` and sends it to all workers (or `nodes`) at once; their answers by
+    node id.
 
-    A result with an empty `refused` says that the document is durable there. Workers that do not
+    A result with an empty `refused` says that the document is durable there. Nodes that do not
     answer within limits.REQUEST_TIMEOUT_S, or confirm another document, become absent. Raises
     NotAuthorized, before anything is sent, when this certificate may not write such a document.
     """
@@ -145,7 +153,7 @@ async def publish(cluster: Cluster, raw: bytes) -> dict[str, messages.PutDocumen
             raise ProtocolError(node.id, f"confirmed document {result.id.hex()}, not {wanted}")
         return result
 
-    return await cluster.ask_all(put)
+    return await cluster.ask_all(put, nodes)
 
 
 def stored_on(results: Mapping[str, messages.PutDocumentResult]) -> list[str]:

@@ -32,6 +32,7 @@ _FORGOTTEN: Final = "forgotten"
 _MAINTENANCE: Final = "maintenance"
 _PATIENCE_S: Final = 0.3  # with a known address, before mDNS is listened to as well
 _LATELY_S: Final = 120.0
+_ACQUAINTED_S: Final = 5.0  # after its start a node has met the others, if it ever will at once
 _MOMENT_S: Final = 0.1  # between two looks at whether to go on
 
 Reach = Callable[[Address, str], Coroutine[Any, Any, Node]]
@@ -126,7 +127,7 @@ class Search:
 
     def _is_settled(self, lookout: Lookout, opened_s: float, news_s: float) -> bool:
         """Whether listening any longer is of no use."""
-        if self._nodes and not self._missing():
+        if self._knows_others() and not self._missing():
             return True
         now_s = time.monotonic()
         waited_s = now_s - opened_s
@@ -138,6 +139,11 @@ class Search:
         return waited_s >= limits.DISCOVERY_WAIT_S or (
             bool(lookout.hints.nodes(now_s)) and now_s - news_s >= limits.DISCOVERY_QUIET_S
         )
+
+    def _knows_others(self) -> bool:
+        """Whether a node was found that can tell who else there is: one that has just started has
+        heard of nobody yet, though it may be the first that is heard of."""
+        return any(node.status.uptime_s >= _ACQUAINTED_S for node in self._nodes.values())
 
     async def _listen(self, stack: contextlib.AsyncExitStack) -> Lookout | None:
         # Takes a noticeable part of a second on a Pi; most commands do without.

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
 from typing import Any, cast
 from unittest.mock import ANY
 
+import pytest
 from msgspec import structs
 
 from ckptd.client.nodes import AbsentNode, Node
 from ckptd.client.search import Search
 from ckptd.config import DiscoveryConfig
-from ckptd.core.quantities import Address
+from ckptd.core import limits
+from ckptd.core.quantities import Address, parse_address
+from ckptd.discovery import service
+from ckptd.discovery.hints import Hints
+from ckptd.discovery.interfaces import Choice
+from ckptd.discovery.records import Announcement
+from ckptd.discovery.service import Lookout
 from ckptd.errors import PeerUnreachable
 from ckptd.wire import messages
 
@@ -32,6 +42,8 @@ class Network:
 
     def __init__(self, nodes: dict[str, str], views: dict[str, tuple[str, float]]) -> None:
         self.nodes = nodes
+        self.just_started: set[str] = set()
+        """Nodes that know of nobody yet."""
         self.views = [
             messages.PeerView(node, address, 1, "up", seen_s, ("worker",), "")
             for node, (address, seen_s) in views.items()
@@ -47,7 +59,10 @@ class Network:
         connection = Connection()
         self.opened.append(connection)
         others = tuple(view for view in self.views if view.node != node)
-        status: Any = type("Status", (), {"peers": others})()
+        uptime_s = 500.0
+        if node in self.just_started:
+            others, uptime_s = (), 0.5
+        status: Any = type("Status", (), {"peers": others, "uptime_s": uptime_s})()
         return Node(node, cast(Any, connection), address.host, 1, status)
 
 
@@ -120,6 +135,54 @@ def test_a_second_look_finds_who_is_back() -> None:
 
     asyncio.run(twice())
     assert (set(nodes), absent) == ({"pi1", "pi2"}, {})
+
+
+@pytest.fixture
+def announcements(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, str, str]]:
+    """What a search hears on the network: seconds after it began to listen, node, address."""
+    heard: list[tuple[float, str, str]] = []
+
+    @contextlib.asynccontextmanager
+    async def look_out(cluster: str, wanted: Any) -> AsyncIterator[Lookout]:
+        lookout = Lookout(Hints(cluster), Choice(("127.0.0.1",), ()))
+
+        async def announce() -> None:
+            began_s = time.monotonic()
+            for after_s, node, address in heard:
+                await asyncio.sleep(began_s + after_s - time.monotonic())
+                said = Announcement(node, cluster, "0", ("worker",), (parse_address(address),))
+                lookout.hints.hear(said, time.monotonic())
+                lookout.news.set()
+
+        announcing = asyncio.create_task(announce())
+        yield lookout
+        announcing.cancel()
+
+    monkeypatch.setattr(service, "look_out", look_out)
+    return heard
+
+
+@pytest.mark.parametrize("starting", [(), ("pi1",), ("pi1", "pi2")])
+def test_a_node_that_has_just_started_does_not_end_the_search(
+    announcements: list[tuple[float, str, str]], starting: tuple[str, ...]
+) -> None:
+    announcements += [(0.0, "pi1", "a:1"), (0.2, "pi2", "b:1"), (0.3, "pi3", "c:1")]
+    everybody = {"pi1": ("a:1", 0.1), "pi2": ("b:1", 0.1), "pi3": ("c:1", 0.1)}
+    network = Network({"a:1": "pi1", "b:1": "pi2", "c:1": "pi3"}, everybody)
+    network.just_started.update(starting)
+    nodes, absent, _ = search(network)
+    assert (set(nodes), absent) == ({"pi1", "pi2", "pi3"}, {})
+
+
+def test_one_that_knows_everybody_ends_the_search_at_once(
+    announcements: list[tuple[float, str, str]],
+) -> None:
+    strangers = [(n * limits.DISCOVERY_QUIET_S / 2, f"pi{n}", f"gone:{n}") for n in range(3, 9)]
+    announcements += [(0.0, "pi1", "a:1"), *strangers]  # never quiet
+    network = Network({"a:1": "pi1", "b:1": "pi2"}, {"pi2": ("b:1", 0.1)})
+    nodes, _, _ = search(network)
+    assert set(nodes) == {"pi1", "pi2"}
+    assert "gone:8" not in network.asked
 
 
 def forgotten(network: Network, *tellers: str) -> None:
