@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from ckptd.client.pki import make_ca_certificate, make_leaf_certificate
 from ckptd.core import limits
-from ckptd.core.admission import AUTHOR_ROLES, admit
+from ckptd.core.admission import AUTHOR_ROLES, admit, check_size
 from ckptd.core.documents import (
     Document,
     Drain,
@@ -199,3 +199,24 @@ def test_an_overlong_document_is_refused_before_its_signature_is_looked_at() -> 
     raw = bytes(limits.DOCUMENT_MAX_BYTES + 1)
     with pytest.raises(DocumentRefused, match="over the limit"):
         admit(raw, b"no envelope", cluster=CLUSTER, ca=CA)
+
+
+@pytest.mark.parametrize(
+    ("roles", "most"),
+    [
+        ({Role.WORKER}, limits.WORKER_DOCUMENT_MAX_BYTES),
+        ({Role.CLIENT}, limits.DOCUMENT_MAX_BYTES),
+        ({Role.WORKER, Role.COORDINATOR}, limits.DOCUMENT_MAX_BYTES),
+    ],
+)
+def test_how_long_a_document_may_be_is_known_before_it_is_read(roles: set[Role], most: int) -> None:
+    envelope = signer(*roles).sign(b"anything")
+    check_size(most, envelope, cluster=CLUSTER, ca=CA)
+    with pytest.raises(DocumentRefused, match=f"of {most + 1} bytes is over the limit of {most}"):
+        check_size(most + 1, envelope, cluster=CLUSTER, ca=CA)
+
+
+def test_a_long_document_of_a_stranger_is_refused_before_it_is_read() -> None:
+    envelope = signer(Role.CLIENT, ca_key=Ed25519PrivateKey.generate()).sign(b"anything")
+    with pytest.raises(DocumentRefused, match="not signed by this cluster's CA"):
+        check_size(limits.WORKER_DOCUMENT_MAX_BYTES + 1, envelope, cluster=CLUSTER, ca=CA)

@@ -31,7 +31,7 @@ from ckptd.core.documents import (
     document_id,
     encode,
 )
-from ckptd.core.headers import version_header
+from ckptd.core.headers import removed_contents, version_header
 from ckptd.core.identity import Identity, Role
 from ckptd.core.names import Selector
 from ckptd.errors import DocumentRefused, NameRefused, NotFound
@@ -552,3 +552,28 @@ def test_removed_content_is_known_by_its_name_when_its_manifest_is_not() -> None
     assert known.is_dead_content("run/a", content)
     assert not known.is_dead_content("run/b", content), "equal content under another name is alive"
     assert not known.has_dead_content("run/b")
+
+
+def test_only_the_manifest_of_a_dead_version_can_be_dropped_and_it_stays_dead() -> None:
+    dead, alive = manifest("run/a", 1), manifest("run/a", 2)
+    grave = tombstone(identified(dead))
+    known = catalogue_of(dead, alive, grave)
+    for kept in (identified(alive), identified(grave), "ee" * 32):
+        with pytest.raises(KeyError):
+            known.drop(kept)
+    known.drop(identified(dead))
+    assert known.is_dead(identified(dead))
+    assert known.version(identified(dead)) is None
+    assert [version.id for version in known.live_versions()] == [identified(alive)]
+    with pytest.raises(KeyError):
+        known.drop(identified(dead))
+
+
+def test_what_a_tombstone_says_of_contents_names_each_once_in_order() -> None:
+    contents = ("11" * 32, "22" * 32, "11" * 32)
+    versions = [
+        header_of(replace(manifest("run/a", order), content_id=content))
+        for order, content in enumerate(contents, 1)
+    ]
+    told = removed_contents(reversed(versions))
+    assert told == tuple(RemovedContent.of("run/a", content) for content in sorted({*contents}))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ckptd.core import limits
-from ckptd.core.membership import Change, Membership, peer_state
+from ckptd.core.membership import Change, Membership, PeerState, peer_state, shown_state
 
 SUSPECT_S, DOWN_S = 5.0, 20.0
 WALL_S = 1_700_000_000.0
@@ -238,3 +238,22 @@ def test_who_is_no_member_any_more_is_dropped() -> None:
     assert list(watching.membership) == ["pi2"]
     assert watching.state("pi1") == "down" and watching.absent_s("pi1") == 0.0
     assert watching.membership.silent_s("pi1", watching.now_s) is None
+
+
+@pytest.mark.parametrize(
+    ("state", "failed", "draining", "maintenance", "word"),
+    [
+        ("up", False, False, False, "up"),
+        ("up", False, False, True, "maintenance"),
+        ("up", False, True, True, "draining"),
+        ("up", True, True, True, "failed"),
+        ("suspect", True, True, False, "suspect"),
+        ("suspect", False, False, True, "maintenance"),
+        ("down", True, True, False, "down"),
+        ("down", False, False, True, "maintenance"),
+    ],
+)
+def test_the_word_that_is_shown_is_what_keeps_a_node_from_its_work(
+    state: PeerState, failed: bool, draining: bool, maintenance: bool, word: str
+) -> None:
+    assert shown_state(state, failed=failed, draining=draining, maintenance=maintenance) == word

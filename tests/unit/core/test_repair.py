@@ -297,3 +297,10 @@ def test_shared_shards_are_counted_once() -> None:
 )
 def test_urgency(need: Need, urgency: int) -> None:
     assert need.urgency == urgency
+
+
+def test_no_more_copies_are_planned_than_asked_for() -> None:
+    lacking = version("a", "a", "a", "a")
+    for limit, count in ((0, 0), (1, 1), (3, 3), (4, 4), (9, 4), (None, 4)):
+        planner = Planner(FOUR, needs_of(FOUR), spare_bytes=0)
+        assert len(planner.plan(lacking, limit=limit)) == count

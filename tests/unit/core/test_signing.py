@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from ckptd.client.pki import make_ca_certificate, make_leaf_certificate
 from ckptd.core.identity import Identity, Role, load_ca
 from ckptd.core.limits import SIGNATURE_ENVELOPE_MAX_BYTES
-from ckptd.core.signing import SIGNATURE_CONTEXT, Signer, verify
+from ckptd.core.signing import SIGNATURE_CONTEXT, Signer, author_of, verify
 from ckptd.errors import ConfigError, DocumentRefused, NotAuthorized
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "signature-1"
@@ -181,3 +181,16 @@ def test_files_that_make_no_signer_are_named_by_their_key() -> None:
             Signer.from_pem(certificate, key)
         assert fault.value.key == config_key
         assert reason in fault.value.reason
+
+
+def test_whose_envelope_it_is_can_be_told_before_the_document_is_read() -> None:
+    envelope = SIGNER.sign(DOCUMENT)
+    assert author_of(envelope, CA, "home") == verify(DOCUMENT, envelope, CA, "home")
+    for ca, cluster, reason in [
+        (make_ca_certificate("home", OTHER_KEY), "home", "not signed by this cluster's CA"),
+        (CA, "away", "for cluster 'home', not 'away'"),
+    ]:
+        with pytest.raises(DocumentRefused, match=reason):
+            author_of(envelope, ca, cluster)
+    with pytest.raises(DocumentRefused):
+        author_of(b"no envelope", CA, "home")

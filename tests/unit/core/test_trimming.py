@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +11,15 @@ import pytest
 from msgspec import structs
 
 from ckptd.core import limits
-from ckptd.core.trimming import ACT_WITHIN, Claim, Promises, droppers, fullest, is_surplus
+from ckptd.core.trimming import (
+    ACT_WITHIN,
+    Claim,
+    Promises,
+    droppers,
+    fullest,
+    is_surplus,
+    proof_of_possession,
+)
 from ckptd.core.workers import Worker
 
 SHARD = b"s" * 32
@@ -243,3 +252,17 @@ def test_whatever_is_delayed_lost_or_restarted_two_copies_stay() -> None:
         world.run(150)
         drops += world.drops
     assert drops > 200  # it is not safe because nothing ever happens
+
+
+def test_a_proof_of_possession_is_of_one_node_one_question_and_the_whole_shard() -> None:
+    def salted(nonce: bytes, shard: bytes) -> bytes:
+        return hashlib.sha256(nonce + shard).digest()
+
+    proof = proof_of_possession(salted(b"n", SHARD), "pi1")
+    assert proof == hashlib.sha256(salted(b"n", SHARD) + b"pi1").digest()
+    others = {
+        proof_of_possession(salted(b"n", SHARD), "pi2"),
+        proof_of_possession(salted(b"m", SHARD), "pi1"),
+        proof_of_possession(salted(b"n", SHARD[:-1]), "pi1"),
+    }
+    assert len(others | {proof}) == 4
