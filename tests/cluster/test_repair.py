@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ from tests.cluster.kill_fixtures import (
     make_checkpoint,
     wait_until,
 )
+
+from ckptd.core.repair import REFILL_UNTIL
 
 WITHIN_S = 60.0  # what is promised of local clusters
 
@@ -107,13 +110,17 @@ def test_a_wiped_disk_under_its_old_identity_is_refilled(
     patient: BreakableCluster, checkpoint: Path
 ) -> None:
     stored_a_while_ago(patient, checkpoint, "run/wiped")
-    had = len(patient.shards("node3"))
+    held = {node: len(patient.shards(node)) for node in patient.running()}
+    had = held.pop("node3")
     assert had
     patient.kill("node3")
     shutil.rmtree(patient.store_path("node3"))
     patient.up()  # makes a new store, as `ckptd serve --init` does
     wait_until(lambda: is_safe(patient), "repair", timeout_s=WITHIN_S)
-    assert len(patient.shards("node3")) >= had * 0.8
+    # It is the first to be given copies, until it has nearly as many as the others. More than that
+    # it may have had by chance: then who is quickest gets the rest, as ever.
+    share = REFILL_UNTIL * statistics.fmean(held.values())
+    assert len(patient.shards("node3")) >= min(had, share) - 1  # one is smaller than the others
     assert copies(patient, 2)()
 
 
