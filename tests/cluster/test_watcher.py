@@ -10,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -27,6 +26,7 @@ from tests.cluster.kill_fixtures import (
     wait_until,
     write_safetensors,
 )
+from tests.cluster.slow_copy import slow_copy
 from tests.cluster.watched import PROTECTED_S, Watched, put, watched_cluster
 
 
@@ -40,18 +40,16 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 # -- copied slowly
 
 
-@pytest.mark.parametrize("how", [[], ["--inplace"]], ids=["plain", "inplace"])
+@pytest.mark.parametrize("in_place", [False, True], ids=["plain", "inplace"])
 def test_nothing_is_stored_before_a_slow_copy_is_whole(
-    watched: Watched, tmp_path: Path, how: list[str]
+    watched: Watched, tmp_path: Path, in_place: bool
 ) -> None:
-    run = f"copied{len(how)}"
+    run = f"copied{in_place:d}"
     source = make_checkpoint(tmp_path / "model", run, size=6_000_000)
     target = watched.root / run / "step-1"
     target.parent.mkdir()
     before = watched.traces()
-    with subprocess.Popen(
-        ["rsync", "-a", "--bwlimit=1500", *how, f"{source}/", f"{target}/"]
-    ) as copy:
+    with slow_copy(source, target, in_place=in_place) as copy:
         reasons = set()
         while copy.poll() is None:
             waiting = watched.pending(target)

@@ -51,7 +51,7 @@ def _write_tensors(path: Path, sizes: list[int], content: bytes) -> None:
     path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     plain=st.lists(st.binary(max_size=600), max_size=5),
     tensors=st.lists(st.lists(st.integers(0, 300), min_size=1, max_size=6), max_size=3),

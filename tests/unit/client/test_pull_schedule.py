@@ -146,7 +146,7 @@ def test_a_bad_copy_found_after_a_take_over_may_have_been_the_last() -> None:
     assert schedule.hopeless == [0]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32),
     places=st.integers(1, 5),

@@ -75,7 +75,7 @@ def test_what_cannot_be_a_code_is_refused(typed: str, reason: str) -> None:
         read_code(typed)
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(
     st.dictionaries(
         st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True),

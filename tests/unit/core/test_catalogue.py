@@ -9,7 +9,7 @@ import tracemalloc
 from typing import Literal
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import Struct
 from msgspec.structs import replace
@@ -189,7 +189,6 @@ def build(recipe: Recipe) -> list[tuple[str, Document | UnknownDocument, Identit
     return rows
 
 
-@settings(deadline=None)
 @given(recipes, st.randoms(use_true_random=False))
 def test_merging_is_a_union_whatever_the_order(recipe: Recipe, rng: random.Random) -> None:
     rows = build(recipe)
@@ -203,7 +202,6 @@ def test_merging_is_a_union_whatever_the_order(recipe: Recipe, rng: random.Rando
     assert answers(shuffled) == answers(straight)
 
 
-@settings(deadline=None)
 @given(recipes, st.integers(0, 20))
 def test_two_halves_that_exchange_what_they_lack_agree(recipe: Recipe, cut: int) -> None:
     rows = build(recipe)
@@ -334,7 +332,6 @@ def test_a_document_of_another_cluster_is_refused() -> None:
     assert len(catalogue) == 0
 
 
-@settings(deadline=None)
 @given(st.integers(0, 9), st.integers(1, 4))
 def test_headers_come_in_pages(count: int, limit: int) -> None:
     catalogue = catalogue_of(*(manifest(order=n) for n in range(count)))

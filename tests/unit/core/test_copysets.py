@@ -120,7 +120,7 @@ def fewest_possible(speeds: dict[str, float], copies: int, at_most: int) -> int:
     return at_most
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(speeds_of_cards, min_size=2, max_size=4))
 def test_hardly_more_sets_than_the_fewest_possible(speeds: list[float]) -> None:
     cards = named(speeds)
@@ -128,7 +128,6 @@ def test_hardly_more_sets_than_the_fewest_possible(speeds: list[float]) -> None:
     assert found <= fewest_possible(cards, 2, found) + 1
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(speeds_of_cards, st.integers(0, 5)), min_size=1, max_size=8),
     st.integers(1, 3),

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import msgspec.inspect as inspect
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -186,7 +186,6 @@ def a_file(path: str = "f", *parts: Part, size: int | None = None) -> FileEntry:
 
 
 @given(ANY_DOCUMENT)
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_what_is_encoded_is_decoded(document: Document) -> None:
     raw = documents.encode(document)
     assert decode(raw) == document
@@ -194,7 +193,6 @@ def test_what_is_encoded_is_decoded(document: Document) -> None:
 
 
 @given(ANY_DOCUMENT)
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_canonical_bytes_are_sorted_compact_json(document: Document) -> None:
     raw = documents.encode(document)
     plain = json.loads(raw)
@@ -203,7 +201,6 @@ def test_canonical_bytes_are_sorted_compact_json(document: Document) -> None:
 
 
 @given(ANY_DOCUMENT, st.data())
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_every_other_spelling_is_refused(document: Document, data: st.DataObject) -> None:
     raw = documents.encode(document)
     plain = json.loads(raw)
@@ -224,7 +221,6 @@ def test_every_other_spelling_is_refused(document: Document, data: st.DataObject
 
 
 @given(ANY_DOCUMENT, st.data())
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_mutated_bytes_are_a_document_of_another_id_or_refused(
     document: Document, data: st.DataObject
 ) -> None:

@@ -614,7 +614,7 @@ def test_everything_is_bounded(world: World, monkeypatch: pytest.MonkeyPatch) ->
 ACTIONS = ["write", "delete", "scan", "look", "store", "change", "fail", "break", "mend", "away"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(st.tuples(st.sampled_from(ACTIONS), st.sampled_from([A, B]), st.integers(0, 3))))
 def test_whatever_happens_in_the_end_the_last_content_is_stored(
     actions: list[tuple[str, Key, int]],

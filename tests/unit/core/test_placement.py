@@ -53,7 +53,7 @@ speeds_lists = st.lists(st.sampled_from([6, 7, 12.5, 21, 33, 35, 100, 330]), min
 # -- speed
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(speeds_lists, st.integers(1, 3))
 def test_done_within_a_quarter_more_than_the_best_split(speeds: list[float], copies: int) -> None:
     copies = min(copies, len(speeds))
@@ -65,7 +65,7 @@ def test_done_within_a_quarter_more_than_the_best_split(speeds: list[float], cop
     assert seconds <= SLOWDOWN_MAX * best_s + len(sets) / min(speeds)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(speeds_lists)
 def test_the_share_follows_the_speed(speeds: list[float]) -> None:
     sets = fill(Placement(nodes(*speeds), 2), 200)
@@ -157,7 +157,6 @@ clusters = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(clusters, st.integers(1, 4), st.lists(st.integers(1, 5), max_size=25), st.data())
 def test_distinct_machines_and_never_over_the_room(
     candidates: list[Candidate], copies: int, sizes: list[int], data: st.DataObject
@@ -215,7 +214,7 @@ def test_three_copies_use_both_of_two_zones() -> None:
 # -- room
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.tuples(st.integers(0, 12), st.sampled_from([6, 7, 35, 330]), st.sampled_from("abc")),

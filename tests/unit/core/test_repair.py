@@ -247,7 +247,7 @@ def test_not_more_copies_than_are_missing() -> None:
     assert len(found) == 1
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(st.sets(st.sampled_from("abcde")), min_size=1, max_size=8),
     st.sets(st.sampled_from("abcde")),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.core.placement import Candidate, Placement
@@ -65,7 +65,6 @@ def test_copies_that_are_there_need_no_room() -> None:
     assert homeless_bytes([(10, ("n0", "n1"))], nodes(9, 9, 0, machines="aab"), 2) == 10
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 40), min_size=1, max_size=6),
     st.integers(1, 3),

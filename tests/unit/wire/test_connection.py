@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.core import limits
@@ -158,7 +158,6 @@ def test_random_bytes_are_refused(side: str, pieces: list[bytes]) -> None:
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_mutated_sessions_give_events_or_one_protocol_error(data: st.DataObject) -> None:
     stream = bytearray(frame(HELLO, 0))
     for request_id, (message, payload) in enumerate(SESSION, start=1):

@@ -6,7 +6,7 @@ from typing import Any
 import msgspec
 import msgspec.inspect as inspect
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptd.core import limits
@@ -74,7 +74,6 @@ def unbounded_fields(info: inspect.Type, path: str) -> list[str]:
 
 
 @given(MESSAGES)
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_what_is_encoded_is_decoded(message: Message) -> None:
     number = messages.NUMBERS[type(message)]
     assert messages.decode(number, messages.encode(message), peer="pi1") == message
@@ -95,7 +94,6 @@ def test_random_bodies_are_a_message_or_a_protocol_error(number: int, body: byte
 
 
 @given(MESSAGES, st.data())
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_mutated_bodies_are_a_message_or_a_protocol_error(
     message: Message, data: st.DataObject
 ) -> None:
