@@ -32,6 +32,8 @@ BOOT_MONOTONIC_S: Final = 100.0
 _TURN_S: Final = (
     1e-6  # that a turn of the loop takes: no time at all could be waited for without end
 )
+_SPIN_TURNS: Final = 100_000
+_SKIPPED_S: Final = 60.0
 
 PROCESS: contextvars.ContextVar[Process | None] = contextvars.ContextVar("process", default=None)
 
@@ -240,6 +242,8 @@ class Kernel(asyncio.BaseEventLoop):
         super().__init__()
         self.rng = random.Random(seed)
         self.now_s = 0.0
+        self._noticed_s = 0.0
+        self._turns = 0
         self.steps = 0
         self._soon: deque[events.Handle] = deque()
         self._timers: list[tuple[float, int, events.TimerHandle]] = []
@@ -292,6 +296,9 @@ class Kernel(asyncio.BaseEventLoop):
 
     def _run_once(self) -> None:
         soon, timers = self._soon, self._timers
+        self._turns += 1
+        if self._turns % _SPIN_TURNS == 0:
+            self._notice_spinning()
         now_s = self.now_s + _TURN_S
         if not soon:
             while timers and timers[0][2]._cancelled:
@@ -314,6 +321,20 @@ class Kernel(asyncio.BaseEventLoop):
                 handle._context.run(handle._callback, *handle._args)
             except Exception as error:
                 self._note_failure(self, {"message": repr(handle), "exception": error})
+
+    def _notice_spinning(self) -> None:
+        """Work without end while time stands still would hang the simulation, and burn a core."""
+        passed_s = self.now_s - self._noticed_s
+        if passed_s < 2 * _SPIN_TURNS * _TURN_S:
+            handles: list[Any] = list(self._soon)
+            processes = [handle._context.get(PROCESS) for handle in handles]
+            busy = {process.name for process in processes if process is not None}
+            self.failures.append(
+                f"something spins: {_SPIN_TURNS} turns of the loop in {passed_s:.3f} s, "
+                f"with work of {', '.join(sorted(busy))}"
+            )
+            self.now_s += _SKIPPED_S  # what was to be waited for ends at some time
+        self._noticed_s = self.now_s
 
     def _process_events(self, event_list: object) -> None:
         pass

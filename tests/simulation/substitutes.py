@@ -10,6 +10,7 @@ import concurrent.futures
 import concurrent.futures._base
 import datetime as real_datetime
 import importlib
+import inspect
 import os as real_os
 import pkgutil
 import random as real_random
@@ -38,6 +39,7 @@ from tests.simulation.threads import KERNEL, Pool, SimulatedThreading
 import ckptd
 from ckptd.net.tls_stream import TlsStream
 
+_REAL: Final = ("time", "random", "secrets", "select", "_thread")
 # Parts that no simulated process runs.
 _NOT_SIMULATED: Final = ("ckptd.cli.", "ckptd.__main__")
 
@@ -207,6 +209,7 @@ def install() -> None:
         ("TlsStream", TlsStream, SimulatedTlsStream),
     ]
     for module in _modules():
+        _refuse_captured(module)
         for name, real, substitute in substitutes:
             if module.__dict__.get(name) is real:
                 module.__dict__[name] = substitute
@@ -220,6 +223,17 @@ def install() -> None:
     sys.unraisablehook = lambda _: None
     warnings.simplefilter("ignore", RuntimeWarning)
     structlog.configure(processors=[_log_line], cache_logger_on_first_use=False)
+
+
+def _refuse_captured(module: Any) -> None:
+    """A default argument keeps the real clock, or real chance, whatever is substituted later."""
+    for owner in [module, *filter(inspect.isclass, vars(module).values())]:
+        for name, function in list(vars(owner).items()):
+            if not inspect.isfunction(function):
+                continue
+            defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+            real = [each for each in defaults if getattr(each, "__module__", "") in _REAL]
+            assert not real, f"{module.__name__}.{name} has {real[0]} as a default"
 
 
 def _modules() -> list[Any]:

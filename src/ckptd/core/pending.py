@@ -323,6 +323,7 @@ class PendingQueue:
         assert tracked.assessment is not None
         tracked.phase, tracked.reason = "storing", "is being stored"
         tracked.taken = tracked.fingerprint
+        tracked.look_at = None  # nothing comes of looking at it now
         return Job(
             key,
             tracked.unit,

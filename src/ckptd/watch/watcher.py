@@ -7,7 +7,6 @@ once and may be called from any thread.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Final
 
 import structlog
 
+from ckptd.clock import SYSTEM_CLOCK, Clock
 from ckptd.config import WatchRoot
 from ckptd.core import limits
 from ckptd.core.checkpoint_units import (
@@ -85,9 +85,8 @@ class Taken:
 
 
 class Watcher:
-    """The watched roots of a config. `clock` is a monotonic one in seconds, `wall_ns` the one that
-    file times come from, `wake` is called (from any thread) when `step` is due earlier than it
-    said. With `events` False only scans are made."""
+    """The watched roots of a config. `wake` is called (from any thread) when `step` is due earlier
+    than it said. With `events` False only scans are made."""
 
     def __init__(
         self,
@@ -95,11 +94,9 @@ class Watcher:
         *,
         wake: Callable[[], None] = lambda: None,
         events: bool = True,
-        clock: Callable[[], float] = time.monotonic,
-        wall_ns: Callable[[], int] = time.time_ns,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._clock = clock
-        self._wall_ns = wall_ns
         self._wake = wake
         self._lock = threading.Lock()
         self._roots = {str(config.root): _Root(config) for config in roots}
@@ -116,19 +113,22 @@ class Watcher:
     # -- watching
 
     def step(self) -> float:
-        """Does what is due; returns when to come again, by the clock. Blocks on the disk."""
+        """Does what is due; returns when to come again, on the monotonic clock. Blocks."""
         self._take_events()
         for root in self._roots.values():
-            if root.scan_at <= self._clock():
+            if root.scan_at <= self._clock.monotonic_s():
                 self._scan(root)
         with self._lock:
-            due = self._queue.due(self._clock())
+            due = self._queue.due(self._clock.monotonic_s())
         for key in due[:LOOKS_PER_STEP]:
             self._look(key)
         with self._lock:
             wake_at = self._queue.wake_at()
         scans = [root.scan_at for root in self._roots.values()]
-        return min([*scans, *([] if wake_at is None else [wake_at])], default=self._clock() + 3600)
+        return min(
+            [*scans, *([] if wake_at is None else [wake_at])],
+            default=self._clock.monotonic_s() + 3600,
+        )
 
     def close(self) -> None:
         """Ends the threads of the file events."""
@@ -144,7 +144,7 @@ class Watcher:
     def _take_events(self) -> None:
         with self._lock:
             happened, self._happened = self._happened, set()
-            now = self._clock()
+            now = self._clock.monotonic_s()
             for name, path in happened:
                 key = self._queue.key_above(name, path)
                 unit = self._queue.unit(key) if key is not None else None
@@ -154,7 +154,7 @@ class Watcher:
                     self._queue.touch(key, now)
 
     def _scan(self, root: _Root) -> None:
-        started = self._clock()
+        started = self._clock.monotonic_s()
         try:
             snapshot = root.scanner.scan()
         except RootUnreadable as error:
@@ -171,8 +171,8 @@ class Watcher:
                 if content is not None:
                     sightings.append(_sighting(unit, content))
             with self._lock:
-                self._queue.scanned(root.root, sightings, found.refused, self._clock())
-        root.scanned_at = self._clock()
+                self._queue.scanned(root.root, sightings, found.refused, self._clock.monotonic_s())
+        root.scanned_at = self._clock.monotonic_s()
         root.scan_s = root.scanned_at - started
         root.scan_at = root.scanned_at + max(root.config.retry_s, SCAN_SHARE * root.scan_s)
 
@@ -184,7 +184,7 @@ class Watcher:
             self._events.leave(root.root)
         root.failed = True
         with self._lock:
-            self._queue.root_failed(root.root, error.message, self._clock())
+            self._queue.root_failed(root.root, error.message, self._clock.monotonic_s())
 
     def _look(self, key: Key) -> None:
         with self._lock:
@@ -206,14 +206,14 @@ class Watcher:
         with self._lock:
             if self._queue.unit(key) is None:
                 return
-            now = self._clock()
+            now = self._clock.monotonic_s()
             sighting = _sighting(unit, content)
             self._queue.seen(key.root, sighting, now)
             assessment = assess(
                 unit,
                 content,
                 examined,
-                wall_ns=self._wall_ns(),
+                wall_ns=int(self._clock.wall_s() * 1e9),
                 unchanged_s=self._queue.unchanged_s(key, now),
             )
             self._queue.assessed(key, sighting.fingerprint, assessment, now)
@@ -225,7 +225,7 @@ class Watcher:
         `stored`, `source_changed` or `failed` is called with its key. Blocks on the disk."""
         for _ in range(_TAKES_MAX):
             with self._lock:
-                job = self._queue.take(self._clock())
+                job = self._queue.take(self._clock.monotonic_s())
             if job is None:
                 return None
             content = self._now(job.key, job.unit)
@@ -240,7 +240,7 @@ class Watcher:
                     state=read_training_state(job.key, job.unit, content),
                 )
             with self._lock:
-                self._queue.put_back(job.key, self._clock())
+                self._queue.put_back(job.key, self._clock.monotonic_s())
             self._look(job.key)
         return None
 
@@ -261,25 +261,25 @@ class Watcher:
         """It is stored, or its content is not to be stored (it was removed on purpose)."""
         self._probes.forget(key)
         with self._lock:
-            self._queue.stored(key, self._clock())
+            self._queue.stored(key, self._clock.monotonic_s())
         self._wake()
 
     def source_changed(self, key: Key) -> None:
         """It changed while it was read."""
         with self._lock:
-            self._queue.source_changed(key, self._clock())
+            self._queue.source_changed(key, self._clock.monotonic_s())
         self._wake()
 
     def failed(self, key: Key, reason: str) -> None:
         """It could not be stored; `reason` is for people."""
         with self._lock:
-            self._queue.failed(key, reason, self._clock())
+            self._queue.failed(key, reason, self._clock.monotonic_s())
         self._wake()
 
     def retry_failed(self) -> None:
         """What kept stores from working may be over: a node came back, room was made."""
         with self._lock:
-            self._queue.retry_failed(self._clock())
+            self._queue.retry_failed(self._clock.monotonic_s())
         self._wake()
 
     # -- for status, and for the next start
@@ -287,7 +287,7 @@ class Watcher:
     def rows(self) -> list[Row]:
         """What waits, and why."""
         with self._lock:
-            return self._queue.rows(self._clock())
+            return self._queue.rows(self._clock.monotonic_s())
 
     def left_out(self) -> list[Row]:
         """What is not stored because it has a temporary name and was forgotten by its writer."""
@@ -302,7 +302,7 @@ class Watcher:
     def is_busy(self) -> bool:
         """Whether the machine shall stay awake."""
         with self._lock:
-            return self._queue.is_busy(self._clock())
+            return self._queue.is_busy(self._clock.monotonic_s())
 
     def remember(self, key: Key, fingerprint: bytes) -> None:
         """Before the first step: what was stored earlier, from `remembered`."""

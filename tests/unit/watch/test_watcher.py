@@ -19,7 +19,7 @@ from ckptd.watch.watcher import Taken, Watcher
 
 
 class Rig:
-    """A watcher without events, on a clock that the test moves."""
+    """A watcher without events, and the clock that it goes by, which the test moves."""
 
     def __init__(self, root: Path, **config: float | str) -> None:
         self.root = root
@@ -27,9 +27,14 @@ class Rig:
         self.watcher = Watcher(
             [WatchRoot(root=root, **config)],  # type: ignore[arg-type]
             events=False,
-            clock=lambda: self.now,
-            wall_ns=lambda: time.time_ns() + int((self.now - 1000.0) * 1e9),
+            clock=self,
         )
+
+    def monotonic_s(self) -> float:
+        return self.now
+
+    def wall_s(self) -> float:
+        return time.time() + self.now - 1000.0
 
     def pass_s(self, seconds: float, *, store: bool = True) -> list[Taken]:
         """Lets time pass; what is taken counts as stored."""
