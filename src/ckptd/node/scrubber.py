@@ -87,6 +87,7 @@ class Scrubber:
         self._begin_s = clock.monotonic_s() + pace.longest_wait_s
         self._read_s = -math.inf  # when the last slice began
         self._read_bytes = 0  # in it
+        self._read_of_bytes = 0  # what the store held then
         self._suspicion: _Suspicion | None = None
         self._recorded_s = clock.monotonic_s()
         self._checked = 0  # since then
@@ -149,6 +150,7 @@ class Scrubber:
         if (wait_s := max(self._due_in_s(begun_s), self._begin_s - begun_s)) > 0:
             return wait_s
         sample = _Sample()
+        self._read_of_bytes = self._store.total_bytes
         verdict = await self._read(sample)
         self._read_s, self._read_bytes = begun_s, sample.read_bytes
         if verdict is Verdict.SUSPECT:
@@ -159,8 +161,10 @@ class Scrubber:
         return self._rest_s(self._clock.monotonic_s())
 
     def _rest_s(self, now_s: float) -> float:
-        """How long to wait because so much was read at once."""
-        rest_s = self._pace.rest_s(self._read_bytes, self._store.total_bytes)
+        """How long to wait because so much was read at once. What was removed since then makes it
+        no longer."""
+        total_bytes = max(self._store.total_bytes, self._read_of_bytes)
+        rest_s = self._pace.rest_s(self._read_bytes, total_bytes)
         return max(0.0, self._read_s + rest_s - now_s)
 
     def _due_in_s(self, now_s: float) -> float:

@@ -268,6 +268,26 @@ def test_small_copies_are_read_many_at_a_time(
     place.run(two_are_due)
 
 
+def test_what_is_left_after_much_was_removed_is_read_within_the_interval(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pause after a slice is that of the store of which it was a part."""
+    monkeypatch.setattr(limits, "SCRUB_SLICE_BYTES", 10**9)
+
+    async def work(scrubbed: Scrubbed) -> None:
+        await asyncio.sleep(5 * DAY_S)
+        await scrubbed.scrubber.step()
+        assert len(place.read) == 40
+        for number in range(1, 40):
+            scrubbed.store.remove(digest_of(content(number)), untouched_since=math.inf)
+        assert len(scrubbed.store) == 1
+        place.disk.read_at_s.clear()
+        await scrubbed.run_for(10 * DAY_S)
+        assert place.read == {name(0)}
+
+    place.run(work, shards=40)
+
+
 def test_progress_tells_how_much_was_hashed_within_the_interval(place: Place) -> None:
     async def first(scrubbed: Scrubbed) -> None:
         await scrubbed.run_for(1)
