@@ -141,7 +141,7 @@ class Coordinator:
         while True:
             await self._ready.wait()
             self._ready.clear()
-            while self._watcher.counts().get("ready", 0):
+            while self._watcher.has_ready():
                 if not await self._reach_workers():
                     await asyncio.sleep(limits.RECONNECT_NODES_S)
                 elif (taken := await asyncio.to_thread(self._watcher.take)) is not None:

@@ -308,17 +308,22 @@ class PendingQueue:
 
     # -- storing
 
+    def has_ready(self) -> bool:
+        """Whether there is something to `take`. What is ready in a root that cannot be read now
+        has to wait."""
+        return any(self._ready())
+
+    def _ready(self) -> Iterator[tuple[float, Key]]:
+        for key, tracked in self._tracked.items():
+            if tracked.phase == "ready" and key.root not in self._faults:
+                yield tracked.since, key
+
     def take(self, now: float) -> Job | None:
         """The checkpoint that has been waiting longest of those that are ready; it counts as
         being stored until `stored`, `source_changed` or `failed` is called."""
-        ready = [
-            (tracked.since, key)
-            for key, tracked in self._tracked.items()
-            if tracked.phase == "ready" and key.root not in self._faults
-        ]
-        if not ready:
+        _, key = min(self._ready(), default=(0.0, None))
+        if key is None:
             return None
-        key = min(ready)[1]
         tracked = self._tracked[key]
         assert tracked.assessment is not None
         tracked.phase, tracked.reason = "storing", "is being stored"

@@ -299,6 +299,11 @@ class Watcher:
         with self._lock:
             return self._queue.counts()
 
+    def has_ready(self) -> bool:
+        """Whether there is something to `take`."""
+        with self._lock:
+            return self._queue.has_ready()
+
     def is_busy(self) -> bool:
         """Whether the machine shall stay awake."""
         with self._lock:

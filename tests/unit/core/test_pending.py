@@ -483,10 +483,25 @@ def test_nothing_is_taken_from_a_root_that_cannot_be_read(world: World) -> None:
     world.write(A, "one")
     world.scan()
     world.pass_s(3)
+    assert world.queue.has_ready()
     world.queue.root_failed(ROOT, "gone", world.now)
+    assert world.queue.counts()["ready"] == 1
+    assert not world.queue.has_ready(), "whoever asks again at once would never rest"
     assert world.queue.take(world.now) is None
     world.scan()
+    assert world.queue.has_ready()
     assert world.queue.take(world.now) is not None
+    assert not world.queue.has_ready()
+
+
+def test_what_is_being_stored_is_not_looked_at(world: World) -> None:
+    world.write(A, "one")
+    world.scan()
+    world.pass_s(3)
+    world.queue.touch(A, world.now)
+    assert world.queue.take(world.now) is not None
+    world.now += 60
+    assert (world.queue.due(world.now), world.queue.wake_at()) == ([], None)
 
 
 def test_roots_do_not_disturb_each_other(world: World) -> None:
