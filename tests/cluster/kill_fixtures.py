@@ -67,7 +67,7 @@ class BreakableCluster:
         return self.local.client_config
 
     def up(self) -> None:
-        """Starts what is not running, and waits until every node hears all others."""
+        """Starts what is not running, and waits until it serves."""
         before = {key: os.environ.get(key) for key in self.environment}
         os.environ.update(self.environment)
         try:
@@ -78,6 +78,24 @@ class BreakableCluster:
                     os.environ.pop(key, None)
                 else:
                     os.environ[key] = value
+
+    def meet(self) -> None:
+        """Waits until all nodes hear each other, and the workers know the same documents."""
+
+        async def have_met() -> bool:
+            async with connect(load(self.config)) as cluster:
+                nodes = cluster.nodes
+                heard = [
+                    {view.node for view in node.status.peers if view.last_seen_s >= 0}
+                    for node in nodes.values()
+                ]
+                return (
+                    len(nodes) == self.count + self.coordinator
+                    and all(len(others) == len(nodes) - 1 for others in heard)
+                    and len({node.status.documents_digest for node in cluster.workers}) == 1
+                )
+
+        wait_until(lambda: run_on_loop(have_met()), "all nodes to meet")
 
     def node(self, node_id: str) -> LocalNode:
         return next(node for node in self.local.nodes() if node.id == node_id)

@@ -37,6 +37,7 @@ def test_a_draining_node_takes_nothing_new_and_its_copies_do_not_count(
     fresh_cluster: BreakableCluster, tmp_path: Path
 ) -> None:
     cluster = fresh_cluster
+    assert cluster.command("jobs", "pause", "repair").code == 0  # only what is stored moves
     first = make_checkpoint(tmp_path / "first", 1)
     assert cluster.store(first, "run/step-1").state == "protected"
     before = cluster.shards("node1")
@@ -115,6 +116,7 @@ def test_a_coordinator_knows_at_once_who_was_forgotten(tmp_path: Path) -> None:
     settings = ("membership.heartbeat=20s", "membership.suspect=40s", "membership.down=60s")
     options = {"count": 3, "coordinator": True, "settings": settings}
     with breakable_cluster(tmp_path / "local", **options) as cluster:
+        cluster.meet()  # whom nobody knows cannot be forgotten
         cluster.kill("node2")
         assert states(cluster)["node2"] != "forgotten"
         assert cluster.command("forget", "node2", "--yes").code == 0

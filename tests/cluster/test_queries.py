@@ -357,6 +357,7 @@ def test_doctor_finds_nothing_wrong_and_then_what_is(
     fresh_cluster: BreakableCluster, tmp_path: Path
 ) -> None:
     cluster = fresh_cluster
+    cluster.meet()
     well = ask(cluster, "doctor")
     assert (well.code, well.document["ok"]) == (0, True)
     assert {finding["state"] for finding in well.document["findings"]} == {"ok"}
@@ -535,6 +536,7 @@ def test_verify_names_bad_and_missing_copies(
     fresh_cluster: BreakableCluster, tmp_path: Path
 ) -> None:
     cluster = fresh_cluster
+    assert ask(cluster, "jobs", "pause", "repair").code == 0  # else all is soon well again
     stored = cluster.store(make_checkpoint(tmp_path / "a", 1), "run/a")
     well = ask(cluster, "verify", "run/a")
     assert (well.code, well.stderr) == (0, "")

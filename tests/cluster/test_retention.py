@@ -24,7 +24,7 @@ from ckptd.client.source import Source
 from ckptd.core.documents import document_id
 from ckptd.errors import SourceChanged
 
-GRACE_S = 4.0
+GRACE_S = 10.0  # so long that a stalled machine does not use it up
 SETTINGS = (
     "replication.shard_size=256KiB",
     "watch.settle=200ms",
@@ -248,6 +248,8 @@ def test_a_rule_that_drops_most_waits_for_a_confirmation(watched: Watched, tmp_p
         watched.store(make_checkpoint(tmp_path / str(number), number, size=50_000), name)
     watched.kill("coordinator")
     watched.up()
+    up = [f'ckptd_node_up{{node="node{number}"}}' for number in (1, 2, 3)]
+    wait_until(lambda: all(watched.metrics().get(each) == 1 for each in up), "all to be heard")
     assert watched.command("jobs", "resume", "retention").code == 0
 
     def waiting() -> bool:

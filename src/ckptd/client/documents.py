@@ -63,17 +63,13 @@ async def stamp(cluster: Cluster, catalogue: Catalogue) -> Stamp:
 
 async def write(cluster: Cluster, catalogue: Catalogue, document: Document) -> None:
     """Publishes a document and adds it to `catalogue`. Raises as `publish`, and NotEnoughNodes or
-    Refused when no worker keeps it.
-
-    Nodes that keep no shards are told as well: it counts for nothing that they have it, but what
-    they say of the cluster in the next moment should not be what was so before.
-    """
+    Refused when no worker keeps it."""
     raw = documents.encode(document)
     results = await publish(cluster, raw)
     document_id = documents.document_id(raw)
     if not stored_on(results):
         raise refusals(results, document_id)
-    await publish(cluster, raw, [node for node in cluster.nodes.values() if node.id not in results])
+    await tell_others(cluster, raw, results)
     catalogue.add(document_id, document, author=cluster.identity)
 
 
@@ -154,6 +150,14 @@ async def publish(
         return result
 
     return await cluster.ask_all(put, nodes)
+
+
+async def tell_others(
+    cluster: Cluster, raw: bytes, told: Mapping[str, messages.PutDocumentResult]
+) -> None:
+    """Sends a published document to the nodes that keep no shards, too. It counts for nothing that
+    they have it, but what they say in the next moment should not be what was so before."""
+    await publish(cluster, raw, [node for node in cluster.nodes.values() if node.id not in told])
 
 
 def stored_on(results: Mapping[str, messages.PutDocumentResult]) -> list[str]:

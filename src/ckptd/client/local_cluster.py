@@ -48,7 +48,8 @@ COORDINATOR: Final = "coordinator"
 OWNER: Final = "owner"
 """Whose certificate the client's config names: it may do what a client and an admin may."""
 NODES_MAX: Final = 16
-_PORTS: Final = range(20_000, 32_000)
+PORTS: Final = range(20_000, 32_000)
+"""Where the nodes listen, at random."""
 _PORT_TRIES_MAX: Final = 1000
 
 
@@ -296,6 +297,6 @@ def _free_port(held: contextlib.ExitStack) -> int:
     for _ in range(_PORT_TRIES_MAX):
         probe = held.enter_context(socket.socket())
         with contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", random.choice(_PORTS)))
+            probe.bind(("127.0.0.1", random.choice(PORTS)))
             return int(probe.getsockname()[1])
     raise CkptdError("no free port on 127.0.0.1", next="ss -ltn")

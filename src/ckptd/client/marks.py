@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from msgspec import Struct, structs
 
 from ckptd.client.cluster import Cluster, Inventoried
-from ckptd.client.documents import confirm, publish, refusals, stamp, stored_on, write
+from ckptd.client.documents import confirm, publish, refusals, stamp, stored_on, tell_others, write
 from ckptd.client.selection import select_version
 from ckptd.client.survey import holdings_of, judge, machines_of, silent_workers
 from ckptd.core import documents, limits
@@ -122,6 +122,7 @@ async def undelete(cluster: Cluster, selector: str) -> Undeleted:
     stored = stored_on(results)
     if not stored:
         raise refusals(results, version_id)
+    await tell_others(cluster, raw, results)
     bitmaps = {node: results[node].bitmap for node in stored}
     holdings = holdings_of(
         version_header(version_id, renewed),

@@ -178,6 +178,7 @@ class Planner:
         )
         self._given: Counter[str] = Counter()  # bytes, by target
         self._taken: Counter[str] = Counter()  # bytes, by source
+        self._coming: dict[bytes, tuple[str, ...]] = {}  # by shard, its targets in this round
         self.refilling = frozenset(n for n in self._takers if self._is_poor(n, refilling))
 
     def plan(
@@ -198,10 +199,14 @@ class Planner:
             if limit is not None and len(copies) >= limit:
                 break
             shard, size = version.shards[index]
-            for target in self._targets(size, holders, presumed):
+            # Another version may have the same shard: what is on its way for that one counts here.
+            coming = self._coming.get(shard, ())
+            fresh = self._targets(size, holders.union(coming), presumed)
+            self._coming[shard] = targets = (*coming, *fresh)
+            for target in targets:
                 source = min(holders, key=lambda node: (self._taken[node], node))
                 self._taken[source] += size
-                self._given[target] += size
+                self._given[target] += size if target in fresh else 0
                 copies.append(Copy(version.version, shard, size, source, target))
         return copies
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Sequence
 
@@ -297,6 +298,22 @@ def test_shared_shards_are_counted_once() -> None:
 )
 def test_urgency(need: Need, urgency: int) -> None:
     assert need.urgency == urgency
+
+
+def test_what_two_versions_share_is_copied_to_the_same_nodes() -> None:
+    """Else each of them would bring a copy of its own, and one of these would be too many."""
+    for seed in range(20):
+        rng = random.Random(seed)
+        workers = [
+            worker(n, bytes_used=rng.randrange(3000), write_bytes_per_s=rng.uniform(1e6, 1e8))
+            for n in "abcde"
+        ]
+        lacking = version(*rng.choices("abcde", k=12), asked="abcde")
+        again = structs.replace(lacking, version="w" * 64)
+        planner = Planner(workers, needs_of(workers), spare_bytes=0)
+        first = {(copy.shard, copy.target) for copy in planner.plan(lacking)}
+        second = {(copy.shard, copy.target) for copy in planner.plan(again)}
+        assert first == second and len(first) == 12
 
 
 def test_no_more_copies_are_planned_than_asked_for() -> None:
