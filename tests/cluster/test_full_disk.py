@@ -277,8 +277,13 @@ def test_a_checkpoint_without_room_waits_and_says_so(tmp_path: Path) -> None:
             lambda: "does not fit" in (watched.pending(target) or {"reason": ""})["reason"],
             "the reason to be told",
         )
-        row = watched.rows("run")["run/step-1"]
-        assert (row["state"], row["version"]) == ("pending", "")
+
+        def waits() -> bool:
+            """Whether it is listed so; each time that it is tried again it is storing."""
+            row = watched.rows("run").get("run/step-1", {})
+            return (row.get("state"), row.get("version")) == ("pending", "")
+
+        wait_until(waits, "it to be listed as pending")
         assert small.check_whole() == 0 and not watched.shards("node2")
         # One that fits is stored meanwhile.
         put(make_checkpoint(tmp_path / "small", "s", size=MIB), watched.root / "run" / "step-2")

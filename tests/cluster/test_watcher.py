@@ -28,6 +28,7 @@ from tests.cluster.kill_fixtures import (
 )
 from tests.cluster.slow_copy import slow_copy
 from tests.cluster.watched import PROTECTED_S, Watched, put, watched_cluster
+from tests.layouts import weight_index
 
 
 @pytest.fixture(scope="module")
@@ -40,28 +41,45 @@ def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
 # -- copied slowly
 
 
+def numbered_checkpoint(directory: Path) -> Path:
+    """One that shows at every point of a copy in the order of its names that something is missing:
+    of any other the time of quiet tells, and a copy may rest for longer on a busy machine."""
+    directory.mkdir()
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name in names:
+        content = random.Random(f"{directory}{name}").randbytes(3_000_000)
+        write_safetensors(directory / name, {name: content})
+    (directory / "model.safetensors.index.json").write_bytes(weight_index(names))
+    return directory
+
+
 @pytest.mark.parametrize("in_place", [False, True], ids=["plain", "inplace"])
 def test_nothing_is_stored_before_a_slow_copy_is_whole(
     watched: Watched, tmp_path: Path, in_place: bool
 ) -> None:
     run = f"copied{in_place:d}"
-    source = make_checkpoint(tmp_path / "model", run, size=6_000_000)
+    source = numbered_checkpoint(tmp_path / "model")
     target = watched.root / run / "step-1"
     target.parent.mkdir()
+
+    def is_whole() -> bool:
+        copied = {path: target / path.name for path in source.iterdir()}
+        return all(c.is_file() and c.stat().st_size == p.stat().st_size for p, c in copied.items())
+
     before = watched.traces()
     with slow_copy(source, target, in_place=in_place) as copy:
         reasons = set()
         while copy.poll() is None:
             waiting = watched.pending(target)
             now = watched.traces()
-            if copy.poll() is None:
+            if not is_whole():  # what was seen before was seen of a part
                 assert now == before, "something was stored before the copy was whole"
                 if waiting is not None:
                     assert waiting["since"] and waiting["state"] == "pending"
                     reasons.add(waiting["reason"])
     assert copy.returncode == 0
     ended_s = time.monotonic()
-    assert any("safetensors" in reason or "optimizer.pt" in reason for reason in reasons), reasons
+    assert any("safetensors" in reason for reason in reasons), reasons
     watched.wait_protected(f"{run}/step-1")
     assert time.monotonic() - ended_s < PROTECTED_S
     assert watched.comes_back(f"{run}/step-1", source)
@@ -87,7 +105,8 @@ def test_the_reason_tells_file_and_size(watched: Watched, tmp_path: Path) -> Non
     (target / "model.safetensors").write_bytes(whole)
     watched.wait_protected("reason/step-5")
     assert watched.rows("reason")["reason/step-5"]["step"] == 5
-    assert watched.metrics()["ckptd_pending_checkpoints"] == 0
+    # The coordinator is told by the same nodes, and may hear it a moment later.
+    wait_until(lambda: watched.metrics()["ckptd_pending_checkpoints"] == 0, "it to be at rest")
     assert watched.metrics()["ckptd_unprotected_seconds"] == 0
     assert watched.metrics()["ckptd_checkpoint_time_to_protected_seconds_count"] >= 1
 
@@ -120,9 +139,13 @@ def test_the_last_of_many_overwrites_is_never_skipped(watched: Watched, tmp_path
                 shutil.rmtree(tmp_path / "old")
             put(fresh, latest)
     expected = make_checkpoint(tmp_path / "last", "often-14", size=200_000)
-    wait_until(lambda: not watched.status()["pending"], "all to be stored", timeout_s=PROTECTED_S)
     watched.wait_protected(name)
-    assert watched.comes_back(name, expected)
+    # That nothing is pending may be so because the last change was not seen yet.
+    wait_until(
+        lambda: not watched.status()["pending"] and watched.comes_back(name, expected),
+        "the last one to be stored",
+    )
+    watched.wait_protected(name)
     before = watched.traces()
     watched.rest()
     assert watched.traces() == before
@@ -191,8 +214,13 @@ def test_constant_change_is_read_consistently_after_settle_max(tmp_path: Path) -
         assert writer.is_alive()
         stop.set()
         writer.join()
-        wait_until(lambda: not cluster.status()["pending"], "the last one to be stored")
-        assert cluster.comes_back("restless/step-1", target)
+        # That nothing is pending may be so because the last change was not seen yet.
+        wait_until(
+            lambda: (
+                not cluster.status()["pending"] and cluster.comes_back("restless/step-1", target)
+            ),
+            "the last one to be stored",
+        )
     finally:
         stop.set()
         cluster.kill("coordinator", *cluster.running())
@@ -335,6 +363,7 @@ def test_killed_in_mid_store_it_sends_only_what_is_missing(
     watched.up()
     watched.wait_protected(name)
     assert watched.comes_back(name, watched.root / name)
+    wait_until(lambda: bool(watched.stored_events(name)), "the coordinator to note it")
     (stored,) = watched.stored_events(name)
     assert stored["bytes_sent"] <= stored["bytes"] - (sent - 4) * 256 * 1024
     assert len(watched.versions(name)) == 1
@@ -358,7 +387,8 @@ def test_nodes_that_come_back_are_used(watched: Watched, tmp_path: Path) -> None
 
     wait_until(lambda: health() == 503, "the coordinator to notice")
     watched.up()
-    watched.wait_protected(name, timeout_s=20)
+    # One node may have been there alone when it was tried: then repair makes the second copies.
+    watched.wait_protected(name, timeout_s=60)
     assert health() == 200
 
 

@@ -30,13 +30,22 @@ from ckptd.wire import messages
 async def next_order(cluster: Cluster, catalogue: Catalogue, now_ms: int) -> int:
     """The order of a new document: above every order in use, and not below the clock.
 
-    `now_ms` is this machine's clock in milliseconds. Manifests whose headers claim an order above
-    it are fetched and checked before they count; what no node can show is withdrawn from
-    `catalogue`.
+    `now_ms` is this machine's clock in milliseconds. Raises as `check_claims`, which it does first.
+    """
+    await check_claims(cluster, catalogue, now_ms)
+    return max(now_ms, 1 + catalogue.highest_order)
+
+
+async def check_claims(cluster: Cluster, catalogue: Catalogue, now_ms: int) -> None:
+    """Fetches and checks the manifests whose headers claim an order above all that count so far.
+
+    What no node can show is withdrawn from `catalogue`. So whoever works for long between asking
+    for the catalogue and the new document checks at once, while those answer who told of them.
+    Raises NotEnoughNodes when none answers any more: that says nothing about the claims.
     """
     while claims := catalogue.unverified_above(max(now_ms, catalogue.highest_order)):
         await confirm(cluster, catalogue, claims[: limits.CLAIMS_CHECKED_AT_ONCE])
-    return max(now_ms, 1 + catalogue.highest_order)
+        cluster.require_nodes()
 
 
 class Stamp(TypedDict):

@@ -21,7 +21,7 @@ import structlog
 
 from ckptd.client.cluster import Cluster
 from ckptd.client.commit import Commit
-from ckptd.client.documents import stamp
+from ckptd.client.documents import check_claims, stamp
 from ckptd.client.hashing import BytesReader, HashedShard, PieceReader, SourceHasher, hash_file
 from ckptd.client.manifest_entries import entries_of, shards_of
 from ckptd.client.progress import Progress
@@ -137,6 +137,7 @@ class _Store:
         started_s = time.monotonic()
         cluster = self._cluster
         catalogue = await cluster.catalogue()
+        await check_claims(cluster, catalogue, time.time_ns() // 1_000_000)
         source = self._source
         for warning in source.warnings:
             self._progress.note(warning)

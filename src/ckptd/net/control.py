@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import ssl
 from collections.abc import Callable
 from typing import TypeVar
@@ -145,11 +146,35 @@ async def connect_control(
     expected_node_id: str | None = None,
     forgotten: Callable[[str], bool] = none_forgotten,
 ) -> ControlClient:
-    """Connects to a node and exchanges hellos.
+    """Connects to a node and exchanges hellos. A few times when the handshake is cut off: a node
+    sheds connections that have not proved who they are when too many arrive at once.
 
     Raises PeerUnreachable, ProtocolError, or NotAuthorized when what answers there is not a node
     of this cluster, not the node that was meant, or bears a certificate that is `forgotten`.
     """
+    pause_s = limits.HANDSHAKE_RETRY_MIN_S
+    for _ in range(limits.HANDSHAKE_TRIES_MAX - 1):
+        try:
+            return await _connect_once(
+                host, port, context, cluster, hello, expected_node_id, forgotten
+            )
+        except PeerUnreachable as error:
+            if not isinstance(error.__cause__, ConnectionResetError | ssl.SSLEOFError):
+                raise
+        await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
+        pause_s *= 2
+    return await _connect_once(host, port, context, cluster, hello, expected_node_id, forgotten)
+
+
+async def _connect_once(
+    host: str,
+    port: int,
+    context: ssl.SSLContext,
+    cluster: str,
+    hello: messages.Hello,
+    expected_node_id: str | None,
+    forgotten: Callable[[str], bool],
+) -> ControlClient:
     address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     meant = expected_node_id or address
     loop = asyncio.get_running_loop()

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 
 from ckptd.client.cluster import Cluster, Node
+from ckptd.client.documents import next_order
 from ckptd.coordinator.link import Link
 from ckptd.errors import NotEnoughNodes, PeerUnreachable
 from ckptd.wire import messages
@@ -38,10 +39,13 @@ class Control:
     async def request(self, question: Any, *_: object, **__: object) -> tuple[Any, bytes]:
         if isinstance(question, messages.GetStatus):
             return self.status, b""
+        if self.silent:
+            name = type(question).__name__
+            raise PeerUnreachable(self.node, f"gave no answer to {name} for 30 s")
+        if isinstance(question, messages.GetDocuments):
+            return messages.Documents(0, question.ids), messages.encode_documents(())
         assert isinstance(question, messages.ListDocuments)
         self.listed += 1
-        if self.silent:
-            raise PeerUnreachable(self.node, "gave no answer to ListDocuments for 30 s")
         return messages.DocumentHeaders(tuple(map(header, self.names)), more=False), b""
 
 
@@ -91,6 +95,22 @@ def test_when_all_fall_silent_that_is_no_empty_catalogue() -> None:
     cluster = cluster_of(Control("pi1", "a", silent=True), Control("pi2", "a", silent=True))
     with pytest.raises(NotEnoughNodes, match="gave no answer"):
         asyncio.run(names(cluster))
+
+
+def test_an_order_that_nobody_is_left_to_prove_is_no_lie() -> None:
+    """Else what is stored next would not come after it, on a machine whose clock is behind."""
+    controls = [Control("pi1", "a"), Control("pi2", "a")]
+    cluster = cluster_of(*controls)
+
+    async def order_after_silence(silent: int) -> int:
+        catalogue = await cluster.catalogue()
+        for control in controls[:silent]:
+            control.silent = True
+        return await next_order(cluster, catalogue, now_ms=0)
+
+    assert asyncio.run(order_after_silence(0)) == 1, "they cannot show what they told of"
+    with pytest.raises(NotEnoughNodes, match="gave no answer to GetDocuments"):
+        asyncio.run(order_after_silence(2))
 
 
 def test_a_coordinator_asks_a_node_that_is_back_what_it_did_not_tell() -> None:

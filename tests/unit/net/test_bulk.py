@@ -133,9 +133,10 @@ def report(node: str, state: str = "receiving", received: int = 0) -> CopyReport
 
 @pytest.fixture
 def short_deadlines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "STALL_TIMEOUT_S", 0.6)
+    # Short, and yet longer than a busy machine keeps a thread from running.
+    monkeypatch.setattr(limits, "STALL_TIMEOUT_S", 3.5)
     monkeypatch.setattr(limits, "STALL_TIMEOUT_STEP_PER_HOP_S", 0.1)
-    monkeypatch.setattr(limits, "FLUSH_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(limits, "FLUSH_TIMEOUT_S", 6.0)
 
 
 # Who answers
@@ -230,7 +231,7 @@ def test_a_frame_in_single_bytes_must_end_within_the_deadline(pki: Path) -> None
         started_s = time.monotonic()
         with pytest.raises(PeerStalled):
             channel.receive()
-        assert time.monotonic() - started_s < 1.5
+        assert time.monotonic() - started_s < 10
         stop.set()
 
 
@@ -238,16 +239,16 @@ def test_a_frame_that_begins_late_gets_no_more_time(pki: Path) -> None:
     stop = threading.Event()
 
     def script(channel: BulkChannel) -> None:
-        assert not stop.wait(0.6)
+        assert not stop.wait(3.5)
         channel.send_payload(memoryview(frames.MAGIC))
         stop.wait(10)
 
     with channel_to(pki, script) as channel:
-        channel.set_timeout(1.0)
+        channel.set_timeout(4.0)
         started_s = time.monotonic()
         with pytest.raises(PeerStalled):
             channel.receive()
-        assert time.monotonic() - started_s < 1.4
+        assert time.monotonic() - started_s < 7.4  # anew it would be 7.5
         stop.set()
 
 
@@ -260,14 +261,14 @@ def test_a_payload_in_single_bytes_is_too_slow(pki: Path) -> None:
             channel.send_payload(memoryview(b"x"))
 
     with channel_to(pki, script) as channel:
-        channel.set_timeout(0.4)
+        channel.set_timeout(3.5)
         channel.receive()
         buffer = memoryview(bytearray(1024))
         started_s = time.monotonic()
         with pytest.raises(PeerStalled, match="only"):
             while True:
                 channel.receive_payload(buffer)
-        assert 0.3 < time.monotonic() - started_s < 3
+        assert 3 < time.monotonic() - started_s < 20
         stop.set()
 
 
@@ -416,13 +417,14 @@ class TestBlame:
             with pytest.raises(PeerStalled) as caught:
                 send(put(channel))
             assert caught.value.node == "pi1"
-            assert 1.5 < time.monotonic() - started_s < 6
+            assert 5.5 < time.monotonic() - started_s < 30
             stop.set()
 
     def test_a_head_that_invents_progress_ends_too(
         self, pki: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setattr(limits, "TRANSFER_MIN_BYTES_PER_S", SIZE)
+        monkeypatch.setattr(limits, "FLUSH_TIMEOUT_S", 2.0)
         stop = threading.Event()
 
         def script(channel: BulkChannel) -> None:

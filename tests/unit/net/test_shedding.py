@@ -1,7 +1,8 @@
-"""A node that has too many strangers cuts handshakes off: a bulk connection then comes again."""
+"""A node that has too many strangers cuts handshakes off: whoever was cut off comes again."""
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import struct
 import threading
@@ -17,6 +18,7 @@ from ckptd.core.identity import Role
 from ckptd.errors import PeerUnreachable
 from ckptd.net.bulk import BulkConnector
 from ckptd.net.bulk_channel import BulkChannel
+from ckptd.net.control import connect_control
 from ckptd.net.tls import client_context, server_context
 from ckptd.net.tls_stream import TlsStream
 from ckptd.wire import messages
@@ -89,4 +91,26 @@ def test_it_does_not_come_for_ever(pki: Path) -> None:
     with node_that_sheds(pki, 100) as (port, reset):
         with pytest.raises(PeerUnreachable, match="no TLS"):
             connector(pki).acquire("pi1", "127.0.0.1", port)
+        assert len(reset) == limits.HANDSHAKE_TRIES_MAX
+
+
+async def connected(pki: Path, port: int) -> str:
+    context = client_context(pki / "ca.pem", pki / "client.pem", pki / "client.key")
+    client = await connect_control(
+        "127.0.0.1", port, context=context, cluster="home", hello=hello()
+    )
+    await client.close()
+    return client.node_id
+
+
+def test_a_control_connection_that_is_shed_comes_again(pki: Path) -> None:
+    with node_that_sheds(pki, 2) as (port, reset):
+        assert asyncio.run(connected(pki, port)) == "pi1"
+        assert len(reset) == 2
+
+
+def test_a_control_connection_does_not_come_for_ever(pki: Path) -> None:
+    with node_that_sheds(pki, 100) as (port, reset):
+        with pytest.raises(PeerUnreachable):
+            asyncio.run(connected(pki, port))
         assert len(reset) == limits.HANDSHAKE_TRIES_MAX
