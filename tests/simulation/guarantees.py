@@ -16,6 +16,8 @@ from tests.model_disk import File
 from tests.simulation.cluster import SimulatedCluster, SimulatedNode
 from tests.simulation.disk import STORE
 
+from ckptd.core.availability import MANIFEST_COPIES_MIN
+
 RECENT_DAMAGE_S: Final = 900.0
 """A promise to keep a copy cannot know of damage that we do; for so long it is not held against
 whoever relied on it."""
@@ -37,6 +39,12 @@ class Version:
     copies: int
     shards: tuple[str, ...]
     protected: bool = False  # somebody was told so
+
+    @property
+    def enough(self) -> int:
+        """The copies with which it is protected. One without any shard is all in its manifest, of
+        which two are enough: everybody gets it anyway."""
+        return self.copies if self.shards else min(MANIFEST_COPIES_MIN, self.copies)
 
 
 @dataclass
@@ -251,10 +259,10 @@ class Guarantees:
         if self.is_dead(justified_by.id):
             return
         copies = look.copies(justified_by)
-        if copies < 1 or (copies < justified_by.copies and not self._may_have_shrunk(justified_by)):
+        if copies < 1 or (copies < justified_by.enough and not self._may_have_shrunk(justified_by)):
             self.cluster.fail(
                 f"retention is justified by {justified_by.name}@{justified_by.id[:12]}, and of "
-                f"{justified_by.copies} copies media have {copies}"
+                f"{justified_by.enough} copies media have {copies}"
             )
 
     def _may_have_shrunk(self, version: Version) -> bool:
