@@ -44,7 +44,7 @@ def numbers_of(cluster: Watched, habit: str, name: str, place: Path) -> list[int
 @pytest.mark.timeout(900)
 def test_what_every_trainer_leaves_is_protected_although_workers_die(tmp_path: Path) -> None:
     # Whoever overwrites in place must not look finished between two files on a slow machine.
-    settings = (*SETTINGS, "watch.settle=1s")
+    settings = (*SETTINGS, "watch.settle=3s", "watch.settle_max=60s")
     generator = random.Random(7)
     with watched_cluster(tmp_path / "local", count=4, settings=settings) as cluster:
         trainers = [

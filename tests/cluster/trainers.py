@@ -23,7 +23,7 @@ NUMBERS: Final = 12
 KEPT: Final = 8
 """How many a trainer keeps that deletes old ones."""
 SIZE: Final = 600_000
-STEP_S: Final = 1.5  # of training, between two checkpoints
+STEP_S: Final = 4.0  # of training, between two checkpoints
 FILE_S: Final = 0.02  # between two files
 
 Contents = Mapping[str, bytes]

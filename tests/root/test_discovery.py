@@ -114,12 +114,15 @@ def home(place: Path, undo: ExitStack) -> Iterator[Home]:
 
 
 def test_the_laptop_finds_five_nodes_and_a_node_that_moved(home: Home) -> None:
-    assert {address for _, address in home.nodes().values()} == {
-        f"{home.network.address(node)}:7701" for node in NODES
-    }
+    everywhere = {f"{home.network.address(node)}:7701" for node in NODES}
+
+    def are_where_they_are() -> bool:
+        return {address for _, address in home.nodes().values()} == everywhere
+
+    wait_until(are_where_they_are, "the laptop does not find the five where they are", 40.0)
     new = home.move("node3", 103)
     wait_until(
-        lambda: home.all_up() and home.nodes()["node3"][1] == f"{new}:7701",
+        lambda: home.all_up() and home.nodes().get("node3", ("", ""))[1] == f"{new}:7701",
         "node3 is not found at its new address",
         60.0,
     )
@@ -127,10 +130,13 @@ def test_the_laptop_finds_five_nodes_and_a_node_that_moved(home: Home) -> None:
 
 def test_a_partition_heals(home: Home) -> None:
     home.network.silence("node2")
-    wait_until(lambda: home.nodes().get("node2", ("", ""))[0] == "down", "node2 is not down", 60.0)
-    assert {node for node, (state, _) in home.nodes().items() if state == "up"} == {*NODES} - {
-        "node2"
-    }
+
+    def is_parted() -> bool:
+        states = {node: state for node, (state, _) in home.nodes().items()}
+        up = {node for node, state in states.items() if state == "up"}
+        return states.get("node2") == "down" and up == {*NODES} - {"node2"}
+
+    wait_until(is_parted, "node2 alone is not down", 60.0)
     home.network.unsilence()
     wait_until(home.all_up, "node2 is not back after the partition", 60.0)
 
