@@ -2,8 +2,8 @@
 
 The configured peers are asked first, then everybody whom those that answer remember. mDNS is
 listened to only when that leaves something to be wished for: no peers are configured, or a node
-does not answer where it should be. Commands are short, so listening is: it ends as soon as nobody
-is missing any more, or when nothing new is heard.
+does not answer where it should be. Commands are short, so listening is: it ends as soon as a node
+that has been up for a while misses nobody any more, or when nothing new is heard.
 """
 
 from __future__ import annotations
