@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 from unittest import mock
@@ -200,7 +200,7 @@ class SimulatedNode:
 
     def _begin(self) -> None:
         task = self.cluster.kernel.create_task(self._run(), name=f"node {self.name}")
-        task.add_done_callback(self._ended)
+        task.add_done_callback(partial(self._ended, self.process))
 
     async def _run(self) -> None:
         self.node = Node(self.config, None, self.cluster.parts_of(self))
@@ -208,8 +208,8 @@ class SimulatedNode:
         if self.node.failed_part is not None:
             self.cluster.fail(f"{self.name}: the part {self.node.failed_part} ended by itself")
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        process = self.process
+    def _ended(self, process: Process | None, task: asyncio.Task[None]) -> None:
+        """Of a process that was killed it is told a turn later: then the next one may run."""
         if process is None or not process.alive or task.cancelled():
             return
         error = task.exception()

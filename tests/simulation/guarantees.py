@@ -308,9 +308,9 @@ class Guarantees:
         if self.is_dead(version_id):
             return
         copies = look.copies(version)
-        if copies < version.copies and not self._is_excused(version.shards, since_s):
+        if copies < version.enough and not self._is_excused(version.shards, since_s):
             self.cluster.fail(
-                f"{version.name}@{version_id[:12]} is said to be protected with {version.copies} "
+                f"{version.name}@{version_id[:12]} is said to be protected with {version.enough} "
                 f"copies, and media have {copies}"
             )
 
