@@ -209,8 +209,9 @@ class Records:
         """Why nobody can say which shards are needed here; "" when all is known and understood."""
         if self.catalogue.has_unknown:
             return "there are documents of a newer version of ckptd: upgrade this node"
-        if self.unreadable:
-            return f"{len(self.unreadable)} documents cannot be read: see the node's log"
+        # Of a dead version nobody needs to know more, and others may have dropped its manifest.
+        if unreadable := sum(not self.is_dead(each) for each in self.unreadable):
+            return f"{unreadable} documents cannot be read: see the node's log"
         with self._lock:
             damaged = sum(not self.catalogue.is_dead(each) for each in self._damaged)
         if len(self.catalogue) >= limits.CATALOGUE_DOCUMENTS_MAX:

@@ -173,6 +173,26 @@ def test_a_document_with_a_bad_signature_is_written_anew_when_it_is_brought_agai
     assert document_id in restarted().catalogue
 
 
+def test_what_cannot_be_read_and_is_dead_leaves_no_doubt(node: RunningNode) -> None:
+    """Nobody brings it again: where it was whole it is dropped in the end."""
+    records, lost = node.node.records, "ab" * 32
+    records.unreadable |= {lost, "cd" * 32}
+    assert records.doubt().startswith("2 documents cannot be read")
+    removal = documents.Tombstone(
+        format=1,
+        cluster="home",
+        order=2,
+        created="2026-01-02T03:04:05Z",
+        nonce="0" * 32,
+        reason="rm",
+        versions=(lost,),
+    )
+    records.write(documents.encode(removal), signer(node, "client"))
+    assert records.doubt().startswith("1 documents cannot be read")
+    records.unreadable.discard("cd" * 32)
+    assert records.doubt() == ""
+
+
 IDS = st.frozensets(st.binary(min_size=32, max_size=32), max_size=12)
 
 
