@@ -53,10 +53,12 @@ def run_apart(seed: int) -> Outcome:
     if not child:
         os.close(reader)
         try:
+            outcome = pickle.dumps(run_one(seed))
             with open(writer, "wb") as out:
-                pickle.dump(run_one(seed), out)
+                out.write(outcome)
         except BaseException:
             traceback.print_exc()
+            os._exit(1)
         os._exit(0)
     os.close(writer)
     with open(reader, "rb") as told:

@@ -41,7 +41,8 @@ async def check_claims(cluster: Cluster, catalogue: Catalogue, now_ms: int) -> N
 
     What no node can show is withdrawn from `catalogue`. So whoever works for long between asking
     for the catalogue and the new document checks at once, while those answer who told of them.
-    Raises NotEnoughNodes when none answers any more: that says nothing about the claims.
+    Raises NotEnoughNodes when none answers any more: that says nothing about the claims. When only
+    those fall silent who told of them, they are withdrawn: it could as well have been lies.
     """
     while claims := catalogue.unverified_above(max(now_ms, catalogue.highest_order)):
         await confirm(cluster, catalogue, claims[: limits.CLAIMS_CHECKED_AT_ONCE])

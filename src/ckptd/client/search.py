@@ -114,7 +114,7 @@ class Search:
         """Whether known addresses do not lead to all nodes, at least not at once."""
         if self._known:
             return time.monotonic() - self._started_s >= _PATIENCE_S
-        return not self._nodes or bool(self._missing())
+        return not self._knows_others() or bool(self._missing())
 
     def _missing(self) -> set[str]:
         """Nodes that are somewhere, but not where we looked. One that nobody has heard of for

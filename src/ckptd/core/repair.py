@@ -17,6 +17,7 @@ from msgspec import Struct
 
 from ckptd.core import limits
 from ckptd.core.availability import holders_from_bitmaps
+from ckptd.core.machines import MachineKey
 from ckptd.core.placement import Candidate, Placement
 from ckptd.core.workers import Absences, Worker, presumed_holders
 
@@ -178,7 +179,8 @@ class Planner:
         )
         self._given: Counter[str] = Counter()  # bytes, by target
         self._taken: Counter[str] = Counter()  # bytes, by source
-        self._coming: dict[bytes, tuple[str, ...]] = {}  # by shard, its targets in this round
+        # By shard the targets in this round, and who sends to each.
+        self._coming: dict[bytes, dict[str, str]] = {}
         self.refilling = frozenset(n for n in self._takers if self._is_poor(n, refilling))
 
     def plan(
@@ -192,23 +194,39 @@ class Planner:
         wanted = []
         for index, (need, holders) in enumerate(self._needs.each(version)):
             if need.missing and need.live and urgency in (None, need.urgency):
-                wanted.append((need.urgency, index, holders))
+                wanted.append((need.urgency, index, holders, need.missing))
         wanted.sort(key=lambda row: row[:2])
         copies: list[Copy] = []
-        for _, index, holders in wanted:
+        for _, index, holders, missing in wanted:
             if limit is not None and len(copies) >= limit:
                 break
             shard, size = version.shards[index]
             # Another version may have the same shard: what is on its way for that one counts here.
-            coming = self._coming.get(shard, ())
-            fresh = self._targets(size, holders.union(coming), presumed)
-            self._coming[shard] = targets = (*coming, *fresh)
-            for target in targets:
-                source = min(holders, key=lambda node: (self._taken[node], node))
-                self._taken[source] += size
+            coming = self._coming.setdefault(shard, {})
+            shared = self._of_use(coming, holders, presumed)[:missing]
+            fresh = self._targets(size, holders.union(shared), presumed)
+            for target in (*shared, *fresh):
+                source = coming.get(target, "")
+                if source not in holders:  # from the same one it comes only once
+                    source = min(holders, key=lambda node: (self._taken[node], node))
+                    self._taken[source] += size
+                coming.setdefault(target, source)
                 self._given[target] += size if target in fresh else 0
                 copies.append(Copy(version.version, shard, size, source, target))
         return copies
+
+    def _of_use(
+        self, coming: Collection[str], holders: frozenset[str], presumed: frozenset[str]
+    ) -> list[str]:
+        """Those of `coming` that bring a copy to a machine without one that counts."""
+        counted = holders.intersection(self._takers) | presumed.intersection(self._workers)
+        machines = {self._workers[node].machine for node in counted}
+        found: dict[MachineKey, str] = {}
+        for node in coming:
+            machine = self._workers[node].machine
+            if node not in holders and machine not in machines:
+                found.setdefault(machine, node)
+        return list(found.values())
 
     def _targets(self, size: int, holders: frozenset[str], presumed: frozenset[str]) -> list[str]:
         kept = {node for node in holders if node in self._takers}

@@ -152,6 +152,8 @@ async def connect_control(
     Raises PeerUnreachable, ProtocolError, or NotAuthorized when what answers there is not a node
     of this cluster, not the node that was meant, or bears a certificate that is `forgotten`.
     """
+    loop = asyncio.get_running_loop()
+    until_s = loop.time() + limits.CONNECT_TIMEOUT_S
     pause_s = limits.HANDSHAKE_RETRY_MIN_S
     for _ in range(limits.HANDSHAKE_TRIES_MAX - 1):
         try:
@@ -159,7 +161,8 @@ async def connect_control(
                 host, port, context, cluster, hello, expected_node_id, forgotten
             )
         except PeerUnreachable as error:
-            if not isinstance(error.__cause__, ConnectionResetError | ssl.SSLEOFError):
+            cut_off = isinstance(error.__cause__, ConnectionResetError)
+            if not cut_off or loop.time() >= until_s:
                 raise
         await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
         pause_s *= 2

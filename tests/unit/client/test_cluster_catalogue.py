@@ -9,10 +9,17 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from msgspec import structs
+from tests.unit.core.test_catalogue import CLIENT, manifest, pin, tombstone
+from tests.unit.core.test_signing import CA, SIGNER
 
+from ckptd.client import marks
 from ckptd.client.cluster import Cluster, Node
-from ckptd.client.documents import next_order
+from ckptd.client.documents import next_order, write
+from ckptd.client.store import store_source
 from ckptd.coordinator.link import Link
+from ckptd.core.catalogue import Catalogue
+from ckptd.core.documents import document_id, encode
 from ckptd.errors import NotEnoughNodes, PeerUnreachable
 from ckptd.wire import messages
 
@@ -130,3 +137,94 @@ def test_a_coordinator_asks_a_node_that_is_back_what_it_did_not_tell() -> None:
         return [sorted(v.name for v in catalogue.live_versions()) for catalogue in found]
 
     assert asyncio.run(work()) == [["b"], ["a", "b"]]
+
+
+class Ahead(Control):
+    """It tells of an order that is ahead of every clock, and then falls silent."""
+
+    async def request(self, question: Any, *_: object, **__: object) -> tuple[Any, bytes]:
+        if isinstance(question, messages.GetDocuments):
+            raise PeerUnreachable(self.node, "gave no answer to GetDocuments for 30 s")
+        reply, payload = await super().request(question)
+        if isinstance(question, messages.ListDocuments):
+            reply = messages.DocumentHeaders(
+                tuple(structs.replace(told, order=2**60) for told in reply.headers), more=False
+            )
+        return reply, payload
+
+
+def test_a_store_checks_orders_before_anything_else() -> None:
+    """At its end, hours later, those who told of them may not be there any more."""
+    cluster = cluster_of(Ahead("pi1", "a"), Ahead("pi2", "a"))
+    cast(Any, cluster.config).replication = SimpleNamespace(copies=2)
+    untouched = cast(Any, object())
+    with pytest.raises(NotEnoughNodes, match="gave no answer to GetDocuments"):
+        asyncio.run(store_source(cluster, untouched, name="run/a"))
+
+
+class Taker(Control):
+    """It takes documents."""
+
+    taken = 0
+
+    async def request(self, question: Any, *_: object, **more: Any) -> tuple[Any, bytes]:
+        if not isinstance(question, messages.PutDocuments):
+            return await super().request(question)
+        self.taken += 1
+        (signed,) = messages.decode_documents(memoryview(more["payload"]), peer="laptop")
+        result = messages.PutDocumentResult(bytes.fromhex(document_id(signed.document)))
+        return messages.PutDocumentsReply((result,)), b""
+
+
+def test_a_mark_goes_once_to_every_node_whether_it_keeps_shards_or_not() -> None:
+    controls = [Taker("pi1"), Taker("pi2"), Taker("mac1")]
+    controls[2].hello = structs.replace(controls[2].hello, roles=("coordinator",))
+    cluster = cluster_of(*controls)
+    cluster.signer, cluster.ca, cluster.identity = SIGNER, CA, CLIENT
+    asyncio.run(write(cluster, Catalogue("home"), pin("ab" * 32)))
+    assert [control.taken for control in controls] == [1, 1, 1]
+
+
+def test_a_coordinator_alone_keeps_no_mark() -> None:
+    controls = [Taker("pi1", silent=True), Taker("mac1")]
+    controls[1].hello = structs.replace(controls[1].hello, roles=("coordinator",))
+
+    async def gone(question: Any, *_: object, **__: object) -> Any:
+        raise PeerUnreachable("pi1", "is gone")
+
+    controls[0].request = gone  # type: ignore[method-assign]
+    cluster = cluster_of(*controls)
+    cluster.signer, cluster.ca = SIGNER, CA
+    with pytest.raises(NotEnoughNodes):
+        asyncio.run(write(cluster, Catalogue("home"), pin("ab" * 32)))
+    assert controls[1].taken == 0
+
+
+def test_what_came_back_is_told_to_nodes_that_keep_no_shards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    controls = [Taker("pi1"), Taker("mac1")]
+    controls[1].hello = structs.replace(controls[1].hello, roles=("coordinator",))
+    cluster = cluster_of(*controls)
+    cluster.signer, cluster.ca = SIGNER, CA
+    cast(Any, cluster.config).replication = SimpleNamespace(copies=2)
+    removed = structs.replace(manifest(), shards=())
+    known = Catalogue("home")
+    author = cluster.admit(messages.SignedDocument(encode(removed), SIGNER.sign(encode(removed))))[
+        2
+    ]
+    version_id = document_id(encode(removed))
+    known.add(version_id, removed, author=author)
+    known.add("cd" * 32, tombstone(version_id), author=author)
+
+    async def catalogue(*, with_dead: bool) -> Catalogue:
+        return known
+
+    async def its_manifest(_: str) -> Any:
+        return removed
+
+    monkeypatch.setattr(cluster, "catalogue", catalogue)
+    monkeypatch.setattr(cluster, "manifest", its_manifest)
+    monkeypatch.setattr(marks, "machines_of", lambda _: {})
+    asyncio.run(marks.undelete(cluster, "run/a"))
+    assert [control.taken for control in controls] == [1, 1]

@@ -177,12 +177,12 @@ def test_a_node_that_has_just_started_does_not_end_the_search(
 def test_one_that_knows_everybody_ends_the_search_at_once(
     announcements: list[tuple[float, str, str]],
 ) -> None:
-    strangers = [(n * limits.DISCOVERY_QUIET_S / 2, f"pi{n}", f"gone:{n}") for n in range(3, 9)]
+    strangers = [(n * limits.DISCOVERY_QUIET_S / 2, f"px{n}", f"gone:{n}") for n in range(1, 9)]
     announcements += [(0.0, "pi1", "a:1"), *strangers]  # never quiet
     network = Network({"a:1": "pi1", "b:1": "pi2"}, {"pi2": ("b:1", 0.1)})
     nodes, _, _ = search(network)
     assert set(nodes) == {"pi1", "pi2"}
-    assert "gone:8" not in network.asked
+    assert "gone:6" not in network.asked
 
 
 def forgotten(network: Network, *tellers: str) -> None:
@@ -238,3 +238,14 @@ def test_maintenance_is_told_of_a_node_that_does_not_answer() -> None:
     network.views[0] = structs.replace(network.views[0], state="maintenance")
     _, absent, _ = search(network, "a:1")
     assert (absent["pi9"].in_maintenance, absent["pi8"].in_maintenance) == (True, False)
+
+
+def test_a_known_node_that_has_just_started_does_not_end_it_either(
+    announcements: list[tuple[float, str, str]],
+) -> None:
+    announcements += [(0.0, "pi1", "a:1"), (0.2, "pi2", "b:1"), (0.3, "pi3", "c:1")]
+    everybody = {"pi1": ("a:1", 0.1), "pi2": ("b:1", 0.1), "pi3": ("c:1", 0.1)}
+    network = Network({"a:1": "pi1", "b:1": "pi2", "c:1": "pi3"}, everybody)
+    network.just_started.add("pi1")
+    nodes, _, _ = search(network, "a:1")
+    assert set(nodes) == {"pi1", "pi2", "pi3"}

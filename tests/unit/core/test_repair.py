@@ -321,3 +321,54 @@ def test_no_more_copies_are_planned_than_asked_for() -> None:
     for limit, count in ((0, 0), (1, 1), (3, 3), (4, 4), (9, 4), (None, 4)):
         planner = Planner(FOUR, needs_of(FOUR), spare_bytes=0)
         assert len(planner.plan(lacking, limit=limit)) == count
+
+
+def test_a_shared_copy_fills_its_target_once() -> None:
+    workers = [*FOUR[:3], worker("d", bytes_used=0)]  # 600 of 1000 are given to d: still poor
+    lacking = version(*["a"] * 6)
+    planner = Planner(workers, needs_of(workers), spare_bytes=0)
+    for number in range(3):
+        copies = planner.plan(structs.replace(lacking, version=f"{number}" * 64))
+        assert {copy.target for copy in copies} == planner.refilling == {"d"}
+
+
+def both(
+    workers: Sequence[Worker], first: VersionCopies, second: VersionCopies
+) -> list[tuple[str, str, str]]:
+    planner = Planner(workers, needs_of(workers), spare_bytes=0)
+    plans = [planner.plan(first), planner.plan(structs.replace(second, version="w" * 64))]
+    return [(c.version[0], c.source, c.target) for plan in plans for c in plan]
+
+
+def test_what_is_on_its_way_to_a_holder_of_another_version_is_not_sent_to_it_by_itself() -> None:
+    """b has the shard, and only the manifest of the second version."""
+    workers = [worker(n, write_bytes_per_s=1e8 if n == "b" else 1e6) for n in "abcd"]
+    found = both(workers, version("ab", no_manifest="b"), version("ab", copies=3))
+    assert found == [("v", "a", "b"), ("w", "b", "c")]
+
+
+def test_what_is_on_its_way_to_a_machine_that_has_it_is_no_further_copy() -> None:
+    workers = [worker("a"), worker("b", boot_id="x", write_bytes_per_s=1e8),
+               worker("c", boot_id="x"), worker("d")]  # fmt: skip
+    found = both(workers, version("a"), version("ac", copies=3))
+    assert [target for of, _, target in found if of == "w"] == ["d"]
+
+
+def test_a_twin_of_a_draining_holder_takes_its_place_for_both() -> None:
+    workers = [worker("a"), worker("b", boot_id="x", draining=True),
+               worker("c", boot_id="x", write_bytes_per_s=1e9), worker("d")]  # fmt: skip
+    found = both(workers, version("ab"), version("ab"))
+    assert [(of, target) for of, _, target in found] == [("v", "c"), ("w", "c")]
+
+
+def test_a_version_that_wants_fewer_copies_gets_fewer() -> None:
+    found = both(FOUR, version("a", copies=3), version("a", copies=2))
+    assert [of for of, _, _ in found] == ["v", "v", "w"]
+
+
+def test_a_shared_shard_comes_to_its_target_from_one_source() -> None:
+    """From two at the same time its bytes would come twice."""
+    (_, first, target), (_, second, again) = both(
+        FOUR, version("ab", copies=3), version("ab", copies=3)
+    )
+    assert (first, target) == (second, again)

@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -114,3 +114,62 @@ def test_a_control_connection_does_not_come_for_ever(pki: Path) -> None:
         with pytest.raises(PeerUnreachable):
             asyncio.run(connected(pki, port))
         assert len(reset) == limits.HANDSHAKE_TRIES_MAX
+
+
+@contextmanager
+def stranger(words: bytes) -> Iterator[tuple[int, list[int]]]:
+    """Something that is no node, says `words` and hangs up; its port, and who came."""
+    asked: list[int] = []
+
+    def serve(listener: socket.socket) -> None:
+        while True:
+            try:
+                sock, _ = listener.accept()
+            except OSError:
+                return
+            asked.append(1)
+            with sock, suppress(OSError):
+                sock.sendall(words)
+                sock.recv(1 << 16)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        yield listener.getsockname()[1], asked
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+
+
+def test_whoever_is_no_node_is_asked_once(pki: Path) -> None:
+    with stranger(b"HTTP/1.1 400 Bad Request\r\n\r\n") as (port, asked):
+        with pytest.raises(PeerUnreachable):
+            asyncio.run(connected(pki, port))
+        assert len(asked) == 1
+
+
+def test_each_try_waits_longer_than_the_one_before(
+    pki: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    sleep = asyncio.sleep
+
+    async def note(seconds: float) -> None:
+        pauses.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(asyncio, "sleep", note)
+    with node_that_sheds(pki, 100) as (port, _), pytest.raises(PeerUnreachable):
+        asyncio.run(connected(pki, port))
+    longest = [limits.HANDSHAKE_RETRY_MIN_S * 2**n for n in range(limits.HANDSHAKE_TRIES_MAX - 1)]
+    assert len(pauses) == len(longest)
+    assert all(most / 2 <= pause <= most for pause, most in zip(pauses, longest, strict=True))
+
+
+def test_one_that_is_slow_to_hang_up_gets_no_more_time_for_it(
+    pki: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(limits, "CONNECT_TIMEOUT_S", 0.0)
+    with node_that_sheds(pki, 100) as (port, reset):
+        with pytest.raises(PeerUnreachable):
+            asyncio.run(connected(pki, port))
+        assert len(reset) == 1

@@ -519,3 +519,16 @@ def test_the_oldest_check_is_unknown_as_long_as_one_copy_is(place: Place) -> Non
         assert survey.oldest[0].age_s == math.inf
 
     place.run(work, shards=3)
+
+
+def test_what_came_since_is_read_at_the_pace_of_all(place: Place) -> None:
+    async def work(scrubbed: Scrubbed) -> None:
+        await asyncio.sleep(5 * DAY_S)
+        await scrubbed.scrubber.step()
+        assert len(place.read) == 1
+        for number in range(1, 40):
+            put_shard(scrubbed.store, content(number))
+        await scrubbed.run_for(10 * DAY_S)
+        assert place.read == {name(number) for number in range(40)}
+
+    place.run(work, shards=1)

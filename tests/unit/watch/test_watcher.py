@@ -301,3 +301,39 @@ def test_a_root_without_events_is_scanned(tmp_path: Path, monkeypatch: pytest.Mo
         assert watcher.take() is not None
     finally:
         watcher.close()
+
+
+def unreadable_with_something_ready(directory: Path) -> Rig:
+    root = directory / "root"
+    latest().write(root)
+    rig = Rig(root)
+    rig.pass_s(13, store=False)
+    root.rename(directory / "away")
+    rig.pass_s(25, store=False)
+    assert rig.watcher.counts()["ready"] == 1
+    return rig
+
+
+def test_what_is_ready_in_a_root_that_is_away_is_not_to_be_taken(tmp_path: Path) -> None:
+    rig = unreadable_with_something_ready(tmp_path)
+    assert not rig.watcher.has_ready() and rig.watcher.take() is None
+    (tmp_path / "away").rename(tmp_path / "root")
+    rig.pass_s(25, store=False)
+    assert rig.watcher.has_ready() and rig.watcher.take() is not None
+
+
+def test_times_of_files_go_by_the_wall_clock(tmp_path: Path) -> None:
+    """What nobody has written to for long was forgotten, although it is seen for the first time."""
+    rig = Rig(tmp_path)
+    path = tmp_path / "tmp-x/w.bin"
+    path.parent.mkdir()
+    path.write_bytes(b"x")
+    rig.now += 620
+    rig.pass_s(6)
+    assert [row.path for row in rig.watcher.left_out()] == ["tmp-x"]
+
+
+def test_a_watcher_of_nothing_rests(tmp_path: Path) -> None:
+    rig = Rig(tmp_path)
+    idle = Watcher([], events=False, clock=rig)
+    assert idle.step() > rig.now + 60
