@@ -287,7 +287,7 @@ class Commands:
             if content is not None:
                 self.ledger.of_version[result.version] = content
             if result.state == "protected":
-                self.guarantees.check_announced(result.version, began_s)
+                self.guarantees.check_announced(result.version, began_s, hashed=False)
 
         self.begin(
             f"undelete {version.name}",

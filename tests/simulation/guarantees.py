@@ -297,8 +297,9 @@ class Guarantees:
                 self.cluster.fail(f"retention has left nothing of the run {run!r}")
 
     # Guarantee 1: "protected" is said of what is flushed on enough nodes.
-    def check_announced(self, version_id: str, since_s: float) -> None:
-        """Called in the moment in which a command, begun at `since_s`, says it."""
+    def check_announced(self, version_id: str, since_s: float, *, hashed: bool = True) -> None:
+        """Called in the moment in which a command, begun at `since_s`, says it. Without `hashed` it
+        counts, as `ckptd status` does, what nodes have, and not what they have read again."""
         look = self.media.look()
         version = self.media.versions.get(version_id)
         if version is None:
@@ -308,13 +309,13 @@ class Guarantees:
         if self.is_dead(version_id):
             return
         copies = look.copies(version)
-        if copies < version.enough and not self._is_excused(version.shards, since_s):
+        if copies < version.enough and not self._is_excused(version.shards, since_s, hashed=hashed):
             self.cluster.fail(
                 f"{version.name}@{version_id[:12]} is said to be protected with {version.enough} "
                 f"copies, and media have {copies}"
             )
 
-    def _is_excused(self, shards: Iterable[str], since_s: float) -> bool:
+    def _is_excused(self, shards: Iterable[str], since_s: float, *, hashed: bool) -> bool:
         """Whether a copy was damaged since its node last hashed it: that is found by the next
         scrub. One that was damaged before the node's start is never believed unhashed, unless
         the command saw it whole before."""
@@ -325,7 +326,7 @@ class Guarantees:
                 return True
             for shard in shards:
                 at_s = self.ledger.flipped.get((node.name, shard))
-                if at_s is not None and at_s >= min(node.started_s, since_s):
+                if at_s is not None and (not hashed or at_s >= min(node.started_s, since_s)):
                     return True
         return False
 
