@@ -171,8 +171,14 @@ class SimulatedNode:
         self.node: Node | None = None
         self.lives = 0
         self.started_s = 0.0
+        self.times_s: list[tuple[float, float]] = []  # of earlier lives: from, to
         self.forgotten = False  # it never comes back
         cluster.network.hosts[address] = self.host
+
+    def ran_since(self, moment_s: float) -> float:
+        """The start of the first life in which it could answer somebody after `moment_s`."""
+        starts = (start_s for start_s, end_s in self.times_s if end_s > moment_s)
+        return next(starts, self.started_s)
 
     @property
     def running(self) -> bool:
@@ -225,6 +231,7 @@ class SimulatedNode:
         if process is None or not process.alive:
             return
         self.cluster.note(f"{self.name} {'loses power' if power_cut else 'is killed'}")
+        self.times_s.append((self.started_s, self.cluster.kernel.now_s))
         self.cluster.end(process, silent=power_cut)
         if power_cut:
             self.host.power_off()

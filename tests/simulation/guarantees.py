@@ -194,7 +194,7 @@ class Guarantees:
     # Guarantee 3: no protected version is lost.
     def check_protected_versions_exist(self, look: Look) -> None:
         for version in self.live_protected():
-            if not look.manifest_holders(version.id):
+            if not look.manifest_holders(version.id) and not self._is_set_aside(version.id):
                 self.cluster.fail(f"no medium has the manifest of {version.name}@{version.id[:12]}")
             for shard in version.shards:
                 if not look.holders(shard) and not self._is_set_aside(shard):
@@ -204,7 +204,7 @@ class Guarantees:
                     return
 
     def _is_set_aside(self, shard: str) -> bool:
-        """Whether the last whole copy went to quarantine because we had its node read it wrong
+        """Whether the last whole copy (or manifest) went to quarantine because we had it read wrong
         again and again. It is not lost: what lies there is read once more later, and is a copy
         again; that it comes to that is seen at rest. A node whose reads we left alone has no
         reason to set a whole copy aside."""
@@ -326,7 +326,9 @@ class Guarantees:
                 return True
             for shard in shards:
                 at_s = self.ledger.flipped.get((node.name, shard))
-                if at_s is not None and (not hashed or at_s >= min(node.started_s, since_s)):
+                # A node may believe what it has hashed in the life in which it is asked.
+                believed_s = min(node.ran_since(since_s), since_s)
+                if at_s is not None and (not hashed or at_s >= believed_s):
                     return True
         return False
 

@@ -60,22 +60,9 @@ class Rest:
         for node in self._cluster.living:
             assert node.node is not None
             said = {version.id for version in node.node.records.catalogue.live_versions()}
-            said -= self._in_doubt(node, look)
             if said != live:
                 wrong = sorted(version[:12] for version in said ^ live)
                 yield f"{node.name} takes {', '.join(wrong)} for live or dead wrongly"
-
-    def _in_doubt(self, node: SimulatedNode, look: Look) -> set[str]:
-        """Versions that no node has any more because this one, which alone had the manifest, read
-        it wrong when we let it, and set it aside. Nobody promised to keep what is on one node
-        only; but as long as nobody brings it, the node takes the version for live and removes
-        nothing, as it cannot know which shards are needed."""
-        if node.name not in self._world.ledger.misread_at_s:
-            return set()
-        known = set.union(*look.documents.values())
-        media = self._media
-        aside = media.set_aside(node) & media.versions.keys()
-        return aside - known - media.tombstones.keys() - self._world.ledger.protected
 
     def _takers(self) -> list[SimulatedNode]:
         """Workers on which copies are to be."""
@@ -106,10 +93,9 @@ class Rest:
         for version in self._live(look):
             for shard in version.shards:
                 wanted[shard] = max(wanted.get(shard, 0), version.copies)
-        doubting = {node.name for node in self._cluster.workers if self._in_doubt(node, look)}
         for shard, copies in wanted.items():
             holders = look.holders(shard, takers)
-            if len(holders) > copies and not holders & doubting:
+            if len(holders) > copies:
                 yield f"shard {shard[:12]} has copies on {sorted(holders)}, and {copies} suffice"
 
     def _garbage(self, look: Look) -> Iterator[str]:
@@ -123,8 +109,6 @@ class Rest:
             ):
                 kept.update(media.versions[key].shards)
         for node in self._cluster.workers:
-            if self._in_doubt(node, look):
-                continue
             if garbage := look.shards[node.name] - kept:
                 named = sorted(shard[:12] for shard in garbage)
                 yield f"{node.name} keeps {', '.join(named)}, which no version needs"

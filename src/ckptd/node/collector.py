@@ -33,6 +33,8 @@ _LOOK_MAX_S: Final = 60.0
 _LOOKS_PER_GRACE: Final = 16
 _RELEASES_PER_GRACE: Final = 16  # each reads all manifests
 _SWEEPS_PER_GRACE: Final = 4  # for shards that no manifest ever named
+_LOOKS_ASIDE_PER_GRACE: Final = 4  # at documents that could not be read
+_LOOK_ASIDE_MAX_S: Final = 600.0
 _REMOVED_AT_ONCE: Final = 32
 _MARKED_AT_ONCE: Final = 16
 
@@ -76,6 +78,7 @@ class Collector:
         self._dead_since_s: dict[str, float] = {}
         self._swept_s = clock.monotonic_s()
         self._released_s: float | None = None
+        self._looked_aside_s = clock.monotonic_s()
         self._collected_bytes = 0
         self._waits_for = ""
 
@@ -85,6 +88,7 @@ class Collector:
 
     async def step(self) -> float:
         """Looks at what died, and removes what has been dead for long enough."""
+        await self._look_aside()
         census = await self._census()
         self._note_dead(census)
         self._waits_for = ""
@@ -98,6 +102,14 @@ class Collector:
                 await self._pass(released, heard_s)
         pause_s = min(max(self._grace_s / _LOOKS_PER_GRACE, _LOOK_MIN_S), _LOOK_MAX_S)
         return pause_s * self._rng.uniform(0.8, 1.0)
+
+    async def _look_aside(self) -> None:
+        """Without a document that exists nothing is ever collected here."""
+        now_s = self._clock.monotonic_s()
+        pause_s = min(self._grace_s / _LOOKS_ASIDE_PER_GRACE, _LOOK_ASIDE_MAX_S)
+        if now_s - self._looked_aside_s >= pause_s and self._records.lost():
+            self._looked_aside_s = now_s
+            await self._on_disk(self._records.look_aside)
 
     async def _census(self) -> Census:
         return await self._on_disk(partial(self._records.census, self._clock.monotonic_s))

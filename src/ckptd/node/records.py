@@ -177,6 +177,29 @@ class Records:
                 _log.error("document_corrupt", document=document_id, reason=error.message)
             return None
 
+    def lost(self) -> set[str]:
+        """The documents that are known to exist, that nobody can read here, and that are needed."""
+        with self._lock:
+            lost = self.unreadable | self._damaged
+        return {each for each in lost if not self.is_dead(each)}
+
+    def look_aside(self) -> int:
+        """Reads again what lies in quarantine of the documents that are `lost`: a bad reading may
+        have been the reading's fault, and this the only copy that is left. What is whole and holds
+        is written anew; how many that were. Raises the store's errors."""
+        count = 0
+        for document_id in sorted(self.lost()):
+            raw, signatures = self._files.set_aside(document_id) or (b"", [])
+            for signature in signatures:
+                try:
+                    self.put(raw, signature)
+                except DocumentRefused:
+                    continue
+                _log.info("document_is_back", document=document_id)
+                count += 1
+                break
+        return count
+
     def confirm(self, version_id: str) -> bytes | None:
         """Which shards of a version are on this node; None when its manifest is not, or when the
         node keeps no shards. Whoever is told so counts on them: they are touched in the same step

@@ -11,12 +11,15 @@ import hashlib
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from typing import Final
 
 from ckptd.core import limits
 from ckptd.errors import DocumentRefused, IntegrityError, NotFound
 from ckptd.store import durable, layout
 from ckptd.store.dead_versions import DeadVersions
 from ckptd.store.marker import StoreDirectory
+
+_SIGNATURE_MAX_BYTES: Final = limits.SIGNATURE_ENVELOPE_MAX_BYTES
 
 
 class DocumentFiles:
@@ -134,6 +137,26 @@ class DocumentFiles:
         suffix = layout.DOCUMENT_SUFFIX
         return {each.id for each in found if each.suffix == suffix and each.id not in self}
 
+    def set_aside(self, document_id: str) -> tuple[bytes, list[bytes]] | None:
+        """What lies in quarantine of a document, if its bytes can be read right by now: these, and
+        the signatures there, of which one may hold. None when there is nothing such. Nothing is
+        moved: `put` writes it anew."""
+        with self._medium.operation(f"read document {document_id} in quarantine"):
+            found = [f for f in self._directory.quarantine.files() if f.id == document_id]
+            signatures = [
+                signature
+                for each in found
+                if each.suffix == layout.SIGNATURE_SUFFIX
+                and (signature := self._read(each.path, _SIGNATURE_MAX_BYTES, uncached=True))
+            ]
+            for each in found:
+                if each.suffix != layout.DOCUMENT_SUFFIX:
+                    continue
+                document = self._read(each.path, limits.DOCUMENT_MAX_BYTES, uncached=True)
+                if document is not None and hashlib.sha256(document).hexdigest() == document_id:
+                    return (document, signatures) if signatures else None
+        return None
+
     def drop(self, document_ids: Sequence[str]) -> None:
         """Remove documents for ever: `is_dropped` is durable before the first one goes."""
         self._dropped.add(document_ids)
@@ -174,13 +197,13 @@ class DocumentFiles:
         document_path = layout.document_path(self._path, document_id)
         signature_path = layout.signature_path(self._path, document_id)
         with self._medium.operation(f"read document {document_id}"):
-            document = self._read(document_path, limits.DOCUMENT_MAX_BYTES, uncached)
-            signature = self._read(signature_path, limits.SIGNATURE_ENVELOPE_MAX_BYTES, uncached)
+            document = self._read(document_path, limits.DOCUMENT_MAX_BYTES, uncached=uncached)
+            signature = self._read(signature_path, _SIGNATURE_MAX_BYTES, uncached=uncached)
         if document is not None and hashlib.sha256(document).hexdigest() != document_id:
             document = None
         return document, signature
 
-    def _read(self, path: str, max_bytes: int, uncached: bool) -> bytes | None:
+    def _read(self, path: str, max_bytes: int, *, uncached: bool) -> bytes | None:
         """The file's bytes; None when it is missing or longer than any that is written here."""
         try:
             return durable.read_file(self._filesystem, path, max_bytes, uncached=uncached)

@@ -371,6 +371,25 @@ def test_a_live_manifest_that_cannot_be_read_stops_it(cluster: SmallCluster) -> 
     assert pi1.has(TWO) and not pi1.has(ONE)
 
 
+def test_a_manifest_that_only_was_read_wrong_stops_it_until_it_is_read_again(
+    cluster: SmallCluster,
+) -> None:
+    removed = cluster.store("run/latest", ONE)
+    live = cluster.store("run/latest", TWO)
+    cluster.remove(removed)
+    outlive_the_grace(cluster)
+    pi1 = cluster["pi1"]
+    path = Path(cluster.path, "pi1", "catalogue", f"{live}.json")
+    right = path.read_bytes()
+    path.write_bytes(b"as it was read")
+    assert "cannot be read" in pi1.collect()
+    Path(cluster.path, "pi1", "quarantine", f"{live}.json.0").write_bytes(right)
+    outlive_the_grace(cluster)  # nobody brings it
+    assert pi1.collect() == ""
+    assert path.read_bytes() == right
+    assert pi1.has(TWO) and not pi1.has(ONE)
+
+
 def test_a_dead_manifest_that_must_be_kept_and_cannot_be_read_stops_it(
     cluster: SmallCluster,
 ) -> None:

@@ -173,6 +173,28 @@ def test_a_document_with_a_bad_signature_is_written_anew_when_it_is_brought_agai
     assert document_id in restarted().catalogue
 
 
+@pytest.mark.parametrize("fault", ["", "document", "signature"])
+def test_a_document_that_was_read_wrong_is_read_again_and_comes_back(
+    node: RunningNode, fault: str
+) -> None:
+    records, worker = node.node.records, signer(node, "mallory")
+    raw = member(1)
+    document_id = records.write(raw, worker)
+    path = Path(node.store, "catalogue", f"{document_id}.json")
+    path.write_bytes(b"as it was read")
+    assert records.get(document_id) is None and records.lost() == {document_id}
+    assert records.look_aside() == 0, "it still reads wrong"
+    aside = Path(node.store, "quarantine")
+    if fault != "document":
+        (aside / f"{document_id}.json.0").write_bytes(raw)
+    if fault == "signature":
+        (aside / f"{document_id}.sig.0").write_bytes(worker.sign(b"something else"))
+    assert records.look_aside() == (0 if fault else 1)
+    assert records.lost() == ({document_id} if fault else set())
+    assert (records.get(document_id) is None) == bool(fault)
+    assert path.exists() != bool(fault)
+
+
 def test_what_cannot_be_read_and_is_dead_leaves_no_doubt(node: RunningNode) -> None:
     """Nobody brings it again: where it was whole it is dropped in the end."""
     records, lost = node.node.records, "ab" * 32
