@@ -63,8 +63,10 @@ class QuarantineKeeper:
         found = await self._on_disk(self._store.quarantined)
         files = [file for file in found if not file.suffix]
         ids = {file.id for file in files}
+        # Bytes that have just come have their own grace, whatever lies there of the same shard.
+        fresh = {file.id for file in files if file.path not in self._read_s}
         self._read_s = {file.path: self._read_s.get(file.path, -math.inf) for file in files}
-        self._healed_s = {id_: at for id_, at in self._healed_s.items() if id_ in ids}
+        self._healed_s = {id_: at for id_, at in self._healed_s.items() if id_ in ids - fresh}
         if not files:
             return
         await self._ask_if_due(ids)

@@ -202,6 +202,23 @@ def test_the_grace_begins_anew_when_a_copy_is_lost_meanwhile(
     run_virtual(work())
 
 
+def test_the_grace_begins_anew_when_a_second_copy_is_bad(tmp_path: Path, others: Others) -> None:
+    kept = Kept(tmp_path / "store", others)
+    others.ages_s = {"pi2": {DIGEST: 5.0}, "pi3": {DIGEST: 0.0}}
+
+    async def work() -> None:
+        await kept.run_for(80)
+        put_shard(kept.store, FIRST)
+        kept.spoil()
+        assert kept.quarantined == 2
+        await kept.run_for(90)
+        assert kept.quarantined == 2
+        await kept.run_for(50)
+        assert kept.quarantined == 0
+
+    run_virtual(work())
+
+
 def test_it_is_asked_once_more_before_bytes_go(tmp_path: Path, others: Others) -> None:
     kept = Kept(tmp_path / "store", others)
 
