@@ -228,6 +228,12 @@ class DocumentFiles:
         for digest in [each for each in self._known if each.hex() in self._dropped]:
             self._known.discard(digest)
             self._unlink_both(digest.hex())
-        # A signature alone is what a write leaves that was cut off; the next one would replace it.
-        for digest in signatures - self._known:
-            self._filesystem.unlink(layout.signature_path(self._path, digest.hex()))
+        suffix = layout.DOCUMENT_SUFFIX
+        aside = {each.id for each in self._directory.quarantine.files() if each.suffix == suffix}
+        for document_id in sorted(digest.hex() for digest in signatures - self._known):
+            if document_id in aside:
+                # Its document was moved, and then the process died.
+                self._move_to_quarantine(layout.signature_path(self._path, document_id))
+            else:
+                # What a write leaves that was cut off; the next one would replace it.
+                self._filesystem.unlink(layout.signature_path(self._path, document_id))

@@ -165,6 +165,18 @@ def test_a_signature_without_a_document_is_cleared_away(
     assert DocumentFiles(directory).ids() == [] and os.listdir(catalogue) == []
 
 
+def test_a_signature_whose_document_was_moved_to_quarantine_follows_it(
+    directory: StoreDirectory, catalogue: Path
+) -> None:
+    """The process died between the two: without it the document could never come back."""
+    put(DocumentFiles(directory), DOCUMENT)
+    aside = Path(directory.path, "quarantine")
+    os.rename(catalogue / f"{DOCUMENT_ID}.json", aside / f"{DOCUMENT_ID}.json.0")
+    documents = DocumentFiles(directory)
+    assert os.listdir(catalogue) == [] and documents.lost() == {DOCUMENT_ID}
+    assert documents.set_aside(DOCUMENT_ID) == (DOCUMENT, [SIGNATURE])
+
+
 def test_many_threads_put_and_get(directory: StoreDirectory) -> None:
     documents = DocumentFiles(directory)
     texts = [f'{{"number":{number}}}'.encode() for number in range(10)] * 4
