@@ -544,7 +544,7 @@ def test_one_bad_copy_is_never_served(
     source = make_odd_checkpoint(tmp_path / "source", crc32(how.encode()))
     stored = breakable.store(source, name)
     held = holders(breakable, stored.version)
-    # All copies of one node, so that a bad one is certainly asked for.
+    # All copies of one node, so that a bad one is asked for.
     counts = Counter(node for nodes in held.values() for node in nodes)
     node = counts.most_common(1)[0][0]
     files = [breakable.shard_file(node, shard) for shard in held if node in held[shard]]
@@ -560,11 +560,15 @@ def test_one_bad_copy_is_never_served(
     assert bad
     # Else a copy that was set aside may be healed in time for the same restore to read it.
     assert breakable.command("jobs", "pause", "repair").code == 0
-    result = restored(breakable, name, tmp_path / "out")
-    assert breakable.command("jobs", "resume", "repair").code == 0
-    assert tree(tmp_path / "out") == tree(source)
+    # One that answers later than all others is not asked for anything.
+    for attempt in range(20):
+        result = restored(breakable, name, tmp_path / f"out{attempt}")
+        assert tree(tmp_path / f"out{attempt}") == tree(source)
+        assert node not in result.sources
+        if result.fallbacks:
+            break
     assert result.fallbacks >= 1
-    assert node not in result.sources
+    assert breakable.command("jobs", "resume", "repair").code == 0
     quarantine = breakable.store_path(node) / "quarantine"
 
     def moved() -> bool:
