@@ -59,6 +59,7 @@ def fewest_copysets(
     groups. As many as possible of the sets are `preferred` ones, which hold shards already. The
     result depends on the arguments alone, and small differences in speed rarely change it.
     """
+    preferred = list(dict.fromkeys(preferred))
     families = list(_families(speeds, groups, copies, preferred))
     known = set(preferred)
     return min(families, key=lambda family: (len(set(family) - known), len(family)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ckptd.core.copysets import (
@@ -128,6 +128,7 @@ def test_hardly_more_sets_than_the_fewest_possible(speeds: list[float]) -> None:
     assert found <= fewest_possible(cards, 2, found) + 1
 
 
+@example([(6.0, 0), (6.0, 2), (6.0, 1), (12.5, 0)], 2, [{0, 1}, {0, 1}])
 @given(
     st.lists(st.tuples(speeds_of_cards, st.integers(0, 5)), min_size=1, max_size=8),
     st.integers(1, 3),
