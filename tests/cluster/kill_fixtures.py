@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,8 +141,9 @@ class BreakableCluster:
         """The versions whose manifest lies on a node's disk."""
         found = set()
         for path in (self.store_path(node_id) / "catalogue").glob("*.json"):
-            if json.loads(path.read_bytes())["kind"] == "manifest":
-                found.add(path.stem)
+            with suppress(FileNotFoundError):  # it has gone since it was listed
+                if json.loads(path.read_bytes())["kind"] == "manifest":
+                    found.add(path.stem)
         return found
 
     def manifest(self, node_id: str, version: str) -> dict[str, Any]:
