@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 from ckptd.core import limits
+from ckptd.core.backoff import handshake_pause_s
 from ckptd.errors import NotAuthorized, PeerStalled, PeerUnreachable
 from ckptd.net.bulk_channel import (
     BulkChannel,
@@ -124,15 +125,14 @@ class BulkConnector:
     def _connect_patiently(self, node: str, host: str, port: int, deadline_s: float) -> BulkChannel:
         """As `_connect`, a few times when the handshake is cut off: a node sheds connections that
         have not proved who they are when too many arrive at once, ours among them."""
-        pause_s = limits.HANDSHAKE_RETRY_MIN_S
-        for _ in range(limits.HANDSHAKE_TRIES_MAX - 1):
+        rng = random.Random()
+        for failures in range(1, limits.HANDSHAKE_TRIES_MAX):
             try:
                 return self._connect(node, host, port, deadline_s)
             except PeerUnreachable as error:
                 if not isinstance(error.__cause__, ConnectionResetError | ssl.SSLEOFError):
                     raise
-            time.sleep(min(pause_s * random.uniform(0.5, 1.0), _left_s(node, deadline_s)))
-            pause_s *= 2
+            time.sleep(min(handshake_pause_s(failures, rng), _left_s(node, deadline_s)))
         return self._connect(node, host, port, deadline_s)
 
     def _connect(self, node: str, host: str, port: int, deadline_s: float) -> BulkChannel:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from ckptd.core import limits
+from ckptd.core.backoff import handshake_pause_s
 from ckptd.core.quantities import Address
 from ckptd.errors import CkptdError, PeerStalled, PeerUnreachable, ProtocolError
 from ckptd.net.bulk import refusal
@@ -154,8 +155,8 @@ async def connect_control(
     """
     loop = asyncio.get_running_loop()
     until_s = loop.time() + limits.CONNECT_TIMEOUT_S
-    pause_s = limits.HANDSHAKE_RETRY_MIN_S
-    for _ in range(limits.HANDSHAKE_TRIES_MAX - 1):
+    rng = random.Random()
+    for failures in range(1, limits.HANDSHAKE_TRIES_MAX):
         try:
             return await _connect_once(
                 host, port, context, cluster, hello, expected_node_id, forgotten
@@ -164,8 +165,7 @@ async def connect_control(
             cut_off = isinstance(error.__cause__, ConnectionResetError)
             if not cut_off or loop.time() >= until_s:
                 raise
-        await asyncio.sleep(pause_s * random.uniform(0.5, 1.0))
-        pause_s *= 2
+        await asyncio.sleep(handshake_pause_s(failures, rng))
     return await _connect_once(host, port, context, cluster, hello, expected_node_id, forgotten)
 
 

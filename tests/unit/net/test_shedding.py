@@ -6,7 +6,7 @@ import asyncio
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -37,6 +37,18 @@ def pki(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
+def listening(serve: Callable[[socket.socket], None]) -> Iterator[int]:
+    """Runs `serve` on a listening socket in a thread, until its `accept` fails; the port."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
+        thread.start()
+        yield listener.getsockname()[1]
+        listener.shutdown(socket.SHUT_RDWR)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+@contextmanager
 def node_that_sheds(pki: Path, count: int) -> Iterator[tuple[int, list[int]]]:
     """A node that resets the first `count` connections; its port, and what it has reset."""
     context = server_context(pki / "ca.pem", pki / "pi1.pem", pki / "pi1.key")
@@ -64,13 +76,8 @@ def node_that_sheds(pki: Path, count: int) -> Iterator[tuple[int, list[int]]]:
         channel.wait_for_frame(5)
         channel.close()
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
-        thread.start()
-        yield listener.getsockname()[1], reset
-        listener.shutdown(socket.SHUT_RDWR)
-    thread.join(10)
-    assert not thread.is_alive()
+    with listening(serve) as port:
+        yield port, reset
 
 
 def connector(pki: Path) -> BulkConnector:
@@ -132,12 +139,8 @@ def stranger(words: bytes) -> Iterator[tuple[int, list[int]]]:
                 sock.sendall(words)
                 sock.recv(1 << 16)
 
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        thread = threading.Thread(target=serve, args=(listener,), daemon=True)
-        thread.start()
-        yield listener.getsockname()[1], asked
-        listener.shutdown(socket.SHUT_RDWR)
-    thread.join(10)
+    with listening(serve) as port:
+        yield port, asked
 
 
 def test_whoever_is_no_node_is_asked_once(pki: Path) -> None:
