@@ -165,13 +165,13 @@ MUTANTS: Final = (
     ),
     Mutant(
         "nobody looks whether the source held still",
-        "ckptd.client.store:_check_still",
-        "source.check()",
+        "ckptd.client.hashing:SourceHasher.check_still",
+        "self.source.check()",
         "pass",
         also=Mutant(
             "nor its files",
-            "ckptd.client.store:_check_still",
-            "if source.is_racy(file) and hash_file(file) != hashes[index]:",
+            "ckptd.client.hashing:SourceHasher.check_still",
+            "if size and hash_file(file, size) != expected:",
             "if False:",
         ),
     ),
@@ -182,8 +182,8 @@ MUTANTS: Final = (
         "if False:",
         also=Mutant(  # the clock of the laptop is behind the real files, so that it reads again
             "nor is a file that changed just now read again",
-            "ckptd.client.store:_check_still",
-            "if source.is_racy(file) and hash_file(file) != hashes[index]:",
+            "ckptd.client.hashing:SourceHasher.check_still",
+            "if size and hash_file(file, size) != expected:",
             "if False:",
         ),
     ),

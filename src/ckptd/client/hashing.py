@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import OrderedDict
+import time
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -59,6 +60,34 @@ class OpenFiles:
             os.close(self._open.popitem()[1])
 
 
+class _FileHash:
+    """The SHA-256 of a file that is read from its start to its end."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+        self._read_while_racy: tuple[int, str] | None = None
+        self.position = 0
+
+    def update(self, view: memoryview) -> None:
+        """What follows at `position`."""
+        self._hash.update(view)
+        self.position += len(view)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+    def times_tell(self) -> None:
+        """From here on no change leaves the file's times as they are. To be said before what
+        follows is read; nothing when it was said before."""
+        if self._read_while_racy is None:
+            self._read_while_racy = self.position, self.hexdigest()
+
+    @property
+    def read_while_racy(self) -> tuple[int, str]:
+        """How many bytes from the start were read before `times_tell`, and what they hash to."""
+        return self._read_while_racy or (self.position, self.hexdigest())
+
+
 class SourceHasher:
     """Reads a source in the order of its shards.
 
@@ -68,57 +97,67 @@ class SourceHasher:
     """
 
     def __init__(self, source: Source) -> None:
-        self._source = source
-        self._hashes = {}  # type: dict[int, tuple[hashlib._Hash, int]]
-        self._finished: dict[int, str] = {}
+        self.source = source
+        self._hashes: defaultdict[int, _FileHash] = defaultdict(_FileHash)
         self._buffer = memoryview(bytearray(BLOCK_BYTES))
 
     def shards(self, plans: Iterable[ShardPlan]) -> Iterator[HashedShard]:
         """The hashed shards one by one. Blocks on the disk. Raises SourceChanged."""
-        files = OpenFiles(self._source.files)
+        files = OpenFiles(self.source.files)
         try:
             for plan in plans:
                 shard = hashlib.sha256()
                 for piece in plan.pieces:
                     self._hash_piece(files, piece, shard)
                 yield HashedShard(shard.digest(), plan.size, plan.pieces)
-            for index in range(len(self._source.files)):
-                self._catch_up(files, index, self._source.files[index].size)
+            for index in range(len(self.source.files)):
+                self._catch_up(files, index, self.source.files[index].size)
         finally:
             files.close()
 
     def file_hashes(self) -> list[str]:
         """SHA-256 of each file, once `shards` is exhausted."""
-        return [self._hashes_of(index) for index in range(len(self._source.files))]
+        hashes = [self._hashes[index] for index in range(len(self.source.files))]
+        assert [hashed.position for hashed in hashes] == [file.size for file in self.source.files]
+        return [hashed.hexdigest() for hashed in hashes]
 
-    def _hashes_of(self, index: int) -> str:
-        hashed, position = self._hashes.get(index, (hashlib.sha256(), 0))
-        assert position == self._source.files[index].size
-        return hashed.hexdigest()
+    def check_still(self) -> None:
+        """Raises SourceChanged unless the source is still what was hashed, once `shards` is
+        exhausted. Blocks on the disk.
+
+        What was read of a file while it could change and keep its times is read again. If it is the
+        same, the file held still from that reading until its times told of each change; and since
+        then they tell of none.
+        """
+        for index, file in enumerate(self.source.files):
+            size, expected = self._hashes[index].read_while_racy
+            if size and hash_file(file, size) != expected:
+                raise SourceChanged(f"{file.location} changed while it was being stored")
+        self.source.check()
 
     def _hash_piece(self, files: OpenFiles, piece: Piece, shard: hashlib._Hash) -> None:
         self._catch_up(files, piece.file_index, piece.offset)
-        whole, position = self._hashes.get(piece.file_index, (hashlib.sha256(), 0))
+        whole = self._hashes[piece.file_index]
         offset, end = piece.offset, piece.offset + piece.length
         while offset < end:
-            view = self._buffer[: min(BLOCK_BYTES, end - offset)]
-            count = files.read_into(piece.file_index, view, offset)
-            shard.update(view[:count])
-            if offset == position:
-                whole.update(view[:count])
-                position += count
-            offset += count
-        self._hashes[piece.file_index] = (whole, position)
+            view = self._read(files, piece.file_index, offset, end)
+            shard.update(view)
+            if offset == whole.position:
+                whole.update(view)
+            offset += len(view)
 
     def _catch_up(self, files: OpenFiles, index: int, offset: int) -> None:
         """Hashes the file itself up to `offset`, where its next piece begins."""
-        whole, position = self._hashes.get(index, (hashlib.sha256(), 0))
-        while position < offset:
-            view = self._buffer[: min(BLOCK_BYTES, offset - position)]
-            count = files.read_into(index, view, position)
-            whole.update(view[:count])
-            position += count
-        self._hashes[index] = (whole, position)
+        whole = self._hashes[index]
+        while whole.position < offset:
+            whole.update(self._read(files, index, whole.position, offset))
+
+    def _read(self, files: OpenFiles, index: int, offset: int, end: int) -> memoryview:
+        """The next block of a file, at most up to `end`."""
+        if time.monotonic() >= self.source.racy_until_s(self.source.files[index]):
+            self._hashes[index].times_tell()
+        view = self._buffer[: min(BLOCK_BYTES, end - offset)]
+        return view[: files.read_into(index, view, offset)]
 
 
 class PieceReader:
@@ -181,14 +220,16 @@ class BytesReader:
         self._content.release()
 
 
-def hash_file(file: File) -> str:
-    """SHA-256 of a file as it is now. Raises SourceChanged."""
+def hash_file(file: File, size: int | None = None) -> str:
+    """SHA-256 of a file as it is now, or of its first `size` bytes. Raises SourceChanged."""
     descriptor = file.open()
     try:
         hashed = hashlib.sha256()
         buffer = memoryview(bytearray(BLOCK_BYTES))
-        while count := os.readv(descriptor, [buffer]):
+        left = file.size if size is None else size
+        while count := os.readv(descriptor, [buffer[: min(BLOCK_BYTES, left)]]):
             hashed.update(buffer[:count])
+            left -= count
         return hashed.hexdigest()
     finally:
         os.close(descriptor)

@@ -26,8 +26,8 @@ from ckptd.core.tensor_index import TensorRecord
 from ckptd.errors import HeaderInvalid, NameRefused, NotFound, SourceChanged, SourceRefused
 
 RACY_NS: Final = 2_000_000_000
-"""A file changed less than this before it was hashed may change again within one tick of the file
-system's clock, with equal times: it is hashed once more at the end."""
+"""A file may change again this long after a change, within one tick of the file system's clock, and
+keep its times: what was read of it before is read once more at the end."""
 _STORE_AGAIN: Final = "store it again when the training has finished writing it"
 
 
@@ -96,7 +96,8 @@ class Source:
     directories: list[DirectoryEntry]
     symlinks: list[SymlinkEntry]
     warnings: list[str]
-    scanned_ns: int
+    scanned_ns: int  # by the system's clock, as the times of files are
+    scanned_s: float  # the same moment on the monotonic clock
     excluded: frozenset[str] = frozenset()
     cuts: dict[int, list[int]] = field(default_factory=dict)
     tensors: list[TensorRecord] = field(default_factory=list)
@@ -113,11 +114,16 @@ class Source:
             for index, file in enumerate(self.files)
         ]
 
-    def is_racy(self, file: File) -> bool:
-        """Whether the times of a file cannot prove that it held still. The time of change counts,
-        too: a writer may set that of modification back."""
+    def racy_until_s(self, file: File) -> float:
+        """Until when, on the monotonic clock, a file may change and keep its times. The time of
+        change counts, too: a writer may set that of modification back."""
         newest_ns = max(file.fingerprint.mtime_ns, file.fingerprint.ctime_ns)
-        return newest_ns > self.scanned_ns - RACY_NS
+        return self.scanned_s + (newest_ns + RACY_NS - self.scanned_ns) / 1e9
+
+    def is_racy(self, file: File) -> bool:
+        """Whether at the time of the scan the times of a file could not prove that it would hold
+        still."""
+        return self.racy_until_s(file) > self.scanned_s
 
     def check(self) -> None:
         """Raises SourceChanged unless all files and links are unchanged, and no path came or
@@ -163,7 +169,7 @@ def scan(path: Path, *, as_is: bool = False, excluded: Collection[str] = ()) -> 
     sockets, dangling links, unreadable files, and safetensors files with an invalid header (unless
     `as_is`: then they are plain bytes).
     """
-    scanned_ns = time.time_ns()
+    scanned_ns, scanned_s = time.time_ns(), time.monotonic()
     try:
         root = path.resolve(strict=True)
         found = root.stat()
@@ -172,13 +178,13 @@ def scan(path: Path, *, as_is: bool = False, excluded: Collection[str] = ()) -> 
         raise NotFound(f"{path}: {reason}", next=f"ls -la {path.parent}") from error
     if stat.S_ISREG(found.st_mode):
         name = check_path(os.path.basename(root))
-        source = Source(root, "file", found.st_mode & 0o777, [], [], [], [], scanned_ns)
+        mode = found.st_mode & 0o777
+        source = Source(root, "file", mode, [], [], [], [], scanned_ns, scanned_s)
         source.files.append(_file(name, str(root), found))
     elif stat.S_ISDIR(found.st_mode):
         left_out = frozenset([*excluded, DONE_MARKER])
-        source = Source(
-            root, "directory", found.st_mode & 0o777, [], [], [], [], scanned_ns, left_out
-        )
+        mode = found.st_mode & 0o777
+        source = Source(root, "directory", mode, [], [], [], [], scanned_ns, scanned_s, left_out)
         for relative, entry in _walk(root, left_out):
             _add(source, relative, entry)
         source.files.sort(key=lambda file: file.path)

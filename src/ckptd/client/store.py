@@ -22,7 +22,7 @@ import structlog
 from ckptd.client.cluster import Cluster
 from ckptd.client.commit import Commit
 from ckptd.client.documents import check_claims, stamp
-from ckptd.client.hashing import BytesReader, HashedShard, PieceReader, SourceHasher, hash_file
+from ckptd.client.hashing import BytesReader, HashedShard, PieceReader, SourceHasher
 from ckptd.client.manifest_entries import entries_of, shards_of
 from ckptd.client.progress import Progress
 from ckptd.client.room import check_room
@@ -146,9 +146,9 @@ class _Store:
         self._transfers = Transfers(cluster, self._copies, self._progress)
         touching = asyncio.create_task(self._touch(), name="touch")
         try:
-            hashes = await self._send_shards(source)
-            await asyncio.to_thread(_check_still, source, hashes)
-            manifest, raw = await self._manifest(catalogue, source, hashes)
+            hasher = await self._send_shards(source)
+            await asyncio.to_thread(hasher.check_still)
+            manifest, raw = await self._manifest(catalogue, source, hasher.file_hashes())
             reached = await Commit(
                 cluster, self._transfers, self._shards, name=self._name, copies=self._copies
             ).run(manifest, raw)
@@ -186,8 +186,8 @@ class _Store:
 
     # -- shards
 
-    async def _send_shards(self, source: Source) -> list[str]:
-        """Hashes the source and brings each shard to its nodes; the files' hashes."""
+    async def _send_shards(self, source: Source) -> SourceHasher:
+        """Hashes the source and brings each shard to its nodes; who hashed it."""
         hasher = SourceHasher(source)
         hashed: asyncio.Queue[HashedShard | None] = asyncio.Queue()
         async with asyncio.TaskGroup() as group:
@@ -197,7 +197,7 @@ class _Store:
             index = self._tensor_index(source)
             if index is not None:
                 await self._consider([index], group)
-        return hasher.file_hashes()
+        return hasher
 
     async def _hash(
         self, hasher: SourceHasher, source: Source, hashed: asyncio.Queue[HashedShard | None]
@@ -421,11 +421,3 @@ async def _batches(
                 return
             batch.append(shard)
         yield batch
-
-
-def _check_still(source: Source, hashes: list[str]) -> None:
-    """Raises SourceChanged unless the source is what was hashed."""
-    for index, file in enumerate(source.files):
-        if source.is_racy(file) and hash_file(file) != hashes[index]:
-            raise SourceChanged(f"{file.location} changed while it was being stored")
-    source.check()

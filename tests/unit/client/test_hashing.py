@@ -7,6 +7,8 @@ import json
 import os
 import struct
 import tempfile
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptd.client.hashing import BytesReader, HashedShard, PieceReader, SourceHasher, hash_file
-from ckptd.client.source import Source, scan
+from ckptd.client.source import RACY_NS, Fingerprint, Source, scan
 from ckptd.core.cutting import cut
 from ckptd.errors import SourceChanged
 
@@ -188,3 +190,58 @@ def test_bytes_in_memory_read_like_a_shard() -> None:
     assert reader.read_into(buffer, 3) == 2
     assert reader.digest() == hashlib.sha256(b"index").digest()
     reader.close()
+
+
+# -- whether the source held still
+
+
+def _hashed(source: Source) -> SourceHasher:
+    hasher = SourceHasher(source)
+    for _ in hasher.shards(cut(source.to_cut(), 1000)):
+        pass
+    return hasher
+
+
+def _change_unseen(source: Source, index: int, offset: int) -> None:
+    """Changes a byte of a file within one tick of the file system's clock: its times stay."""
+    file = source.files[index]
+    with open(file.location, "r+b") as opened:
+        byte = os.pread(opened.fileno(), 1, offset)
+        os.pwrite(opened.fileno(), bytes([byte[0] ^ 0xFF]), offset)
+    source.files[index] = replace(file, fingerprint=Fingerprint.of(os.stat(file.location)))
+
+
+def test_a_source_that_held_still_passes(source: Source) -> None:
+    _hashed(source).check_still()
+    source.scanned_ns += RACY_NS  # its times would tell
+    _hashed(source).check_still()
+
+
+@pytest.mark.parametrize("name", ["a", "c"])
+def test_what_came_or_changed_since_it_was_hashed_is_noticed(source: Source, name: str) -> None:
+    source.scanned_ns += RACY_NS
+    hasher = _hashed(source)
+    (source.root / name).write_bytes(b"longer or new")
+    with pytest.raises(SourceChanged):
+        hasher.check_still()
+
+
+@pytest.mark.parametrize("offset", [0, 2500, 4999])
+def test_a_file_written_a_moment_ago_is_hashed_once_more(source: Source, offset: int) -> None:
+    hasher = _hashed(source)
+    _change_unseen(source, 1, offset)
+    with pytest.raises(SourceChanged, match="/b changed while it was being stored"):
+        hasher.check_still()
+
+
+@pytest.mark.parametrize(("offset", "is_read_again"), [(0, True), (2999, True), (3000, False)])
+def test_what_is_read_when_times_tell_is_not_read_again(
+    source: Source, offset: int, is_read_again: bool
+) -> None:
+    hasher = SourceHasher(source)
+    for count, _ in enumerate(hasher.shards(cut(source.to_cut(), 1000)), start=1):
+        if count == 3:  # three of the five shards of the first file
+            source.scanned_ns += RACY_NS
+    _change_unseen(source, 0, offset)
+    with pytest.raises(SourceChanged) if is_read_again else nullcontext():
+        hasher.check_still()
