@@ -54,6 +54,7 @@ _ML_DTYPES: Final = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
 _TORCH: Final = {**_NUMPY, **_ML_DTYPES}  # torch has all of them, under the same names
+_MLX: Final = {**_NUMPY, "BOOL": "bool_"}
 
 
 async def load_tensors(
@@ -74,7 +75,7 @@ async def load_tensors(
     a tensor, NotFound with the nearest names when a glob matches nothing, NoGoodCopy,
     NotEnoughNodes.
     """
-    make = _maker(framework)
+    make = maker(framework)
     shown = progress or Progress()
     cluster.require_nodes()
     chosen = await choose_in_cluster(cluster, selector, shown)
@@ -129,7 +130,10 @@ class TensorBuffers:
             index += 1
 
 
-def _maker(framework: str) -> MakeArray:
+def maker(framework: str) -> MakeArray:
+    """What makes arrays of `framework` out of the bytes of tensors: it stands on the buffer that it
+    is given, or copies it bit by bit. Raises UsageError for an unknown framework, Refused when it
+    is not installed; what it returns, when it has no type for a tensor."""
     makers: Mapping[str, Callable[[], MakeArray]] = {
         "numpy": _numpy_maker,
         "torch": _torch_maker,
@@ -173,11 +177,16 @@ def _mlx_maker() -> MakeArray:
     numpy = _imported("numpy", "client")
 
     def make(record: TensorRecord, buffer: bytearray) -> Any:
+        def as_numpy(name: str) -> Any:
+            return numpy.ndarray(record.shape, numpy.dtype(name), buffer if buffer else None)
+
         if record.dtype == "BF16":  # it takes numpy's types alone: the bits, seen as its own
-            bits = numpy.ndarray(record.shape, numpy.uint16, buffer if buffer else None)
-            return mlx.array(bits).view(mlx.bfloat16)
-        dtype = numpy.dtype(_type_name(record, _NUMPY, "mlx"))
-        return mlx.array(numpy.ndarray(record.shape, dtype, buffer if buffer else None))
+            return mlx.array(as_numpy("uint16")).view(mlx.bfloat16)
+        dtype = getattr(mlx, _type_name(record, _MLX, "mlx"), None)
+        if dtype is None:
+            raise _no_type(record, "this mlx")
+        # Without the type it would make float32 of float64.
+        return mlx.array(as_numpy(_NUMPY[record.dtype]), dtype=dtype)
 
     return make
 
