@@ -300,7 +300,7 @@ class Repairer:
     # -- copying
 
     async def _repair(self, sight: Sight) -> bool:
-        """Has some copies made; whether there was any success, or there is more to try."""
+        """Has some copies made; whether any is new, or there is more to try."""
         copies, gave_up = await self._plan(sight)
         if not self._queue:
             self._look_at_new_in(0.0)  # to see what it has come to
@@ -315,7 +315,8 @@ class Repairer:
         if self._totals is not None:
             self._totals.queued_bytes = max(0, self._totals.queued_bytes - outcome.done_bytes)
             self._totals.queued_shards = max(0, self._totals.queued_shards - outcome.done_copies)
-        return outcome.done_copies > 0
+        # A copy that was there although its node did not say so will be planned again at once.
+        return outcome.new_copies > 0
 
     def _note_failures(self, outcome: Outcome) -> None:
         """A node that fails again and again is passed over for a while. Once or twice is nothing:

@@ -23,9 +23,10 @@ _DONE: Final = ("durable", "present")
 @dataclass
 class Outcome:
     """What came of some copies. `failed` are nodes that could not do their part, `worked` are
-    targets that did."""
+    targets that did. Of the `done_copies` the `new_copies` were written; the others were there."""
 
     done_copies: int = 0
+    new_copies: int = 0
     done_bytes: int = 0
     failed: set[str] = field(default_factory=set)
     worked: set[str] = field(default_factory=set)
@@ -33,6 +34,7 @@ class Outcome:
     def add(self, other: Outcome) -> None:
         """Takes in what came of others."""
         self.done_copies += other.done_copies
+        self.new_copies += other.new_copies
         self.done_bytes += other.done_bytes
         self.failed |= other.failed
         self.worked |= other.worked
@@ -145,6 +147,7 @@ class Sending:
         for copy, report in zip(copies, reply.reports, strict=False):
             if report.state in _DONE:
                 outcome.done_copies += 1
+                outcome.new_copies += report.state == "durable"
                 outcome.done_bytes += copy.size
                 outcome.worked.add(target)
             elif report.state != "busy":

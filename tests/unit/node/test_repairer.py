@@ -391,6 +391,28 @@ def test_a_removed_version_is_not_repaired(in_cluster: RunInCluster) -> None:
     in_cluster(body)
 
 
+def test_copies_that_nobody_tells_of_are_not_sent_without_end(in_cluster: RunInCluster) -> None:
+    """The others have not got the manifest: they take the copies, and cannot say that they have
+    them."""
+
+    async def body(cluster: LoopCluster) -> None:
+        others = [cluster.nodes[node] for node in "bcd"]
+        for node in others:
+            node.up = False
+        cluster.store(["a", "a"])
+        for node in others:
+            node.up = True
+        await cluster.run(120)
+        assert cluster.moved, "there is something to repair"
+        looks = 120 / limits.REPAIR_LOOK_S
+        assert inventories(cluster) < 4 * len(others) * looks
+        cluster.share_documents()
+        await cluster.run(limits.REPAIR_SCAN_INTERVAL_S)
+        assert cluster.nodes["a"].repairer.is_idle()
+
+    in_cluster(body)
+
+
 def test_shards_without_any_copy_are_told(in_cluster: RunInCluster) -> None:
     async def body(cluster: LoopCluster) -> None:
         _, datas = cluster.store(["ab", "", "a"])
