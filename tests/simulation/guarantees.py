@@ -163,7 +163,7 @@ class Guarantees:
         self.cluster = cluster
         self.ledger = ledger
         self.media = Media(cluster)
-        self.alone_since_s: dict[str, float] = {}
+        self.unheard_since_s: dict[tuple[str, str], float] = {}  # by listener and speaker
         # Also in the middle of a step: a node that comes back in it is heard at once.
         cluster.on_topology = self.note_topology
         self.checked_s = 0.0
@@ -384,9 +384,12 @@ class Guarantees:
     def _check_collected(self, node: SimulatedNode, shard: str, known: set[str]) -> None:
         grace_s = self.cluster.settings.gc_grace_s
         begun_s = self._check_grace(node, shard, f"collected shard {shard[:12]}")
-        alone_s = self.alone_since_s.get(node.name)
-        if alone_s is not None and alone_s + _LAST_ANSWER_S < begun_s + grace_s:
-            self.cluster.fail(f"{node.name} collected shard {shard[:12]}, and had heard of nobody")
+        heard, needed = self._heard_since(node, begun_s + grace_s)
+        if heard < needed:
+            self.cluster.fail(
+                f"{node.name} collected shard {shard[:12]}, and had heard of {heard} others after "
+                f"its grace, not of {needed}"
+            )
         if any(self.media.documents[each]["kind"] == "hologram" for each in known):
             self.cluster.fail(
                 f"{node.name} collected shard {shard[:12]}, and has a document it cannot read"
@@ -400,24 +403,34 @@ class Guarantees:
             self.cluster.fail(f"{node.name} {what} {since_s:.0f} s after it came")
         return begun_s
 
+    def _heard_since(self, node: SimulatedNode, moment_s: float) -> tuple[int, int]:
+        """How many of the other workers that a node remembers it may have heard of after a moment,
+        and how many half of them are."""
+        assert node.node is not None
+        others = node.node.members.roster.workers() - {node.name}
+        heard = 0
+        for other in others:
+            unheard_s = self.unheard_since_s.get((node.name, other))
+            heard += unheard_s is None or unheard_s + _LAST_ANSWER_S >= moment_s
+        return heard, max(1, (len(others) + 1) // 2)
+
     def note_topology(self) -> None:
-        """To be called whenever machines or links came or went: who can hear of no other worker."""
+        """To be called whenever machines or links came or went: who can hear of whom."""
         workers = self.cluster.workers
         blocked = self.cluster.network.blocked
         for node in workers:
-            reached = any(
-                other is not node
-                and other.running
-                and other.host.asleep_since_s is None
-                and not other.disk.fault
-                and (node.name, other.name) not in blocked
-                and (other.name, node.name) not in blocked
-                for other in workers
-            )
-            if reached:
-                self.alone_since_s.pop(node.name, None)
-            else:
-                self.alone_since_s.setdefault(node.name, self.cluster.kernel.now_s)
+            for other in workers:
+                pair = node.name, other.name
+                if (
+                    other.running
+                    and other.host.asleep_since_s is None
+                    and not other.disk.fault
+                    and pair not in blocked
+                    and pair[::-1] not in blocked
+                ):
+                    self.unheard_since_s.pop(pair, None)
+                else:
+                    self.unheard_since_s.setdefault(pair, self.cluster.kernel.now_s)
 
     def may_damage(self, node: SimulatedNode, shards: Iterable[str]) -> bool:
         """Whether the guarantees survive the loss of these copies: we never destroy the last
