@@ -8,10 +8,14 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from ckptd.client import local_cluster
+from ckptd.node.descriptors import allow_descriptors
 
 # How long an example takes says how busy the machine is, and nothing about the code.
 settings.register_profile("ckptd", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ckptd")
+
+# Both ends of hundreds of connections are in the process of the test.
+allow_descriptors(8192)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -67,8 +67,18 @@ def test_nothing_is_stored_before_a_slow_copy_is_whole(
         return all(c.is_file() and c.stat().st_size == p.stat().st_size for p, c in copied.items())
 
     before = watched.traces()
+
+    def is_seen_in_part() -> bool:
+        waiting = watched.pending(target)
+        return waiting is not None and "safetensors" in waiting["reason"]
+
     with slow_copy(source, target, in_place=in_place) as copy:
-        reasons = set()
+        wait_until(lambda: target.is_dir() and any(target.iterdir()), "the copy to begin")
+        copy.send_signal(signal.SIGSTOP)  # as long as a busy machine needs to look
+        try:
+            wait_until(is_seen_in_part, "the part to be seen")
+        finally:
+            copy.send_signal(signal.SIGCONT)
         while copy.poll() is None:
             waiting = watched.pending(target)
             now = watched.traces()
@@ -76,10 +86,8 @@ def test_nothing_is_stored_before_a_slow_copy_is_whole(
                 assert now == before, "something was stored before the copy was whole"
                 if waiting is not None:
                     assert waiting["since"] and waiting["state"] == "pending"
-                    reasons.add(waiting["reason"])
     assert copy.returncode == 0
     ended_s = time.monotonic()
-    assert any("safetensors" in reason for reason in reasons), reasons
     watched.wait_protected(f"{run}/step-1")
     assert time.monotonic() - ended_s < PROTECTED_S
     assert watched.comes_back(f"{run}/step-1", source)

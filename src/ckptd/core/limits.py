@@ -161,6 +161,8 @@ HTTP_IDLE_TIMEOUT_S: Final = 75.0  # between two requests; monitoring asks every
 HTTP_ANSWER_TIMEOUT_S: Final = 10.0  # until the peer has taken the whole answer
 HTTP_CLOSE_TIMEOUT_S: Final = 2.0  # for answers under way when the node stops
 BULK_CONNECTIONS_MAX: Final = 96  # threads of a node that serve bulk connections
+DESCRIPTORS_WANTED: Final = 4096
+"""All connections of a node at a time are below 600, the rest are files: far below."""
 BULK_PUSH_SLOTS: Final = 4  # shards that a node sends to others on request, at the same time
 DISK_THREADS: Final = 4  # of a node's control side
 DOCUMENT_BATCHES_AT_ONCE: Final = 2  # batches of documents that a node reads or writes at a time

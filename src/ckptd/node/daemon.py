@@ -34,6 +34,7 @@ from ckptd.net.control_server import ControlServer
 from ckptd.net.loop import run
 from ckptd.net.tls import check_peer, client_context, server_context
 from ckptd.node.background import Background, Ground
+from ckptd.node.descriptors import allow_descriptors
 from ckptd.node.heap import keep_heap_small
 from ckptd.node.http_pages import HttpPages
 from ckptd.node.members import Members
@@ -422,8 +423,8 @@ class Node:
 
 def serve(config: Config, config_path: Path | None, parts: Sequence[MakePart] = ()) -> None:
     """Runs a node until SIGTERM or SIGINT. Raises CkptdError when it cannot start."""
-
     keep_heap_small()
+    allow_descriptors()
 
     async def main() -> None:
         node = Node(config, config_path, parts)
