@@ -21,5 +21,8 @@ def content_id_of(source: Source, stop: threading.Event) -> str:
         if stop.is_set():
             raise SourceChanged(f"{source.root} was not read to its end")
         hashes.append(hash_file(file))
+    for file, expected in zip(source.files, hashes, strict=True):
+        if source.is_racy(file) and hash_file(file) != expected:
+            raise SourceChanged(f"{file.location} changed while it was being read")
     source.check()
     return content_id(entries_of(source, hashes, (), ()))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ckptd.client.source import File, Source
+from ckptd.client.writers import nobody_writes
 from ckptd.core.cutting import Piece, ShardPlan
 from ckptd.errors import SourceChanged
 
@@ -76,11 +77,15 @@ class _FileHash:
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
 
+    @property
+    def is_told(self) -> bool:
+        """Whether `times_tell` was said."""
+        return self._read_while_racy is not None
+
     def times_tell(self) -> None:
-        """From here on no change leaves the file's times as they are. To be said before what
-        follows is read; nothing when it was said before."""
-        if self._read_while_racy is None:
-            self._read_while_racy = self.position, self.hexdigest()
+        """From here on no change leaves the file's times as they are. To be said once, before what
+        follows is read."""
+        self._read_while_racy = self.position, self.hexdigest()
 
     @property
     def read_while_racy(self) -> tuple[int, str]:
@@ -126,8 +131,8 @@ class SourceHasher:
         exhausted. Blocks on the disk.
 
         What was read of a file while it could change and keep its times is read again. If it is the
-        same, the file held still from that reading until its times told of each change; and since
-        then they tell of none.
+        same, the file was this until its times told of each change, unless it was changed and
+        changed back; and since then they tell of none.
         """
         for index, file in enumerate(self.source.files):
             size, expected = self._hashes[index].read_while_racy
@@ -154,10 +159,21 @@ class SourceHasher:
 
     def _read(self, files: OpenFiles, index: int, offset: int, end: int) -> memoryview:
         """The next block of a file, at most up to `end`."""
-        if time.monotonic() >= self.source.racy_until_s(self.source.files[index]):
-            self._hashes[index].times_tell()
+        whole = self._hashes[index]
+        if not whole.is_told and self._times_tell(files, index):
+            whole.times_tell()
         view = self._buffer[: min(BLOCK_BYTES, end - offset)]
         return view[: files.read_into(index, view, offset)]
+
+    def _times_tell(self, files: OpenFiles, index: int) -> bool:
+        """Whether no change of a file will leave its times as they are. Of one that changed shortly
+        before the scan a writer may be at work: times are set when a write begins, and when a page
+        of a mapping is first written to, not when the last byte comes."""
+        file = self.source.files[index]
+        if not self.source.is_racy(file):
+            return True
+        is_over = time.monotonic() >= self.source.racy_until_s(file)
+        return is_over and nobody_writes(files.descriptor(index))
 
 
 class PieceReader:

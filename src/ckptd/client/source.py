@@ -25,9 +25,10 @@ from ckptd.core.safetensors_header import parse_header, read_length
 from ckptd.core.tensor_index import TensorRecord
 from ckptd.errors import HeaderInvalid, NameRefused, NotFound, SourceChanged, SourceRefused
 
-RACY_NS: Final = 2_000_000_000
-"""A file may change again this long after a change, within one tick of the file system's clock, and
-keep its times: what was read of it before is read once more at the end."""
+RACY_NS: Final = 2_100_000_000
+"""A file may change again this long after a change and keep its times: they are as coarse as two
+seconds (FAT), and the system's clock ticks up to ten milliseconds behind the one that we read. What
+was read of it before is read once more at the end."""
 _STORE_AGAIN: Final = "store it again when the training has finished writing it"
 
 
