@@ -1,7 +1,8 @@
 """Tensors of a checkpoint straight into memory, without a file in between.
 
 Each tensor gets a buffer of its own, which the shards are written into and which the array then
-stands on: nothing is copied. Frameworks are imported only when they are asked for.
+stands on; only mlx copies it, one tensor at a time. Frameworks are imported only when they are
+asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate
 from types import ModuleType
 from typing import Any, Final, TypeAlias
@@ -54,6 +56,7 @@ _ML_DTYPES: Final = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }
 _TORCH: Final = {**_NUMPY, **_ML_DTYPES}  # torch has all of them, under the same names
+_AS_A_FILE: Final = "ckptd restore NAME --tensor GLOB --to FILE.safetensors"
 _MLX: Final = {**_NUMPY, "BOOL": "bool_"}
 
 
@@ -94,10 +97,8 @@ async def load_tensors(
         shown.total(sum(shard.size for shard in shards))
         pull.run(shards, outputs)
         sources.flush()
-        return {
-            record.name: make(record, buffer)
-            for record, buffer in zip(records, outputs.buffers, strict=True)
-        }
+        outputs.buffers.reverse()  # each is let go as soon as its array is made
+        return {record.name: make(record, outputs.buffers.pop()) for record in records}
 
     return await in_thread(work)
 
@@ -130,10 +131,20 @@ class TensorBuffers:
             index += 1
 
 
+def _made(make: MakeArray, record: TensorRecord, buffer: bytearray) -> Any:
+    try:
+        return make(record, buffer)
+    except (ValueError, OverflowError) as error:  # a shape that it cannot have, such as (2^62, 0)
+        raise Refused(
+            f"tensor {record.name!r} of shape {record.shape} cannot be an array here: {error}",
+            next=_AS_A_FILE,
+        ) from error
+
+
 def maker(framework: str) -> MakeArray:
     """What makes arrays of `framework` out of the bytes of tensors: it stands on the buffer that it
     is given, or copies it bit by bit. Raises UsageError for an unknown framework, Refused when it
-    is not installed; what it returns, when it has no type for a tensor."""
+    is not installed; what it returns, when it has no type or no shape for a tensor."""
     makers: Mapping[str, Callable[[], MakeArray]] = {
         "numpy": _numpy_maker,
         "torch": _torch_maker,
@@ -141,7 +152,7 @@ def maker(framework: str) -> MakeArray:
     }
     if framework not in makers:
         raise UsageError(f"framework is one of {', '.join(makers)}, not {framework!r}")
-    return makers[framework]()
+    return partial(_made, makers[framework]())
 
 
 def _numpy_maker() -> MakeArray:
@@ -201,7 +212,7 @@ def _type_name(record: TensorRecord, names: Mapping[str, str], framework: str) -
 def _no_type(record: TensorRecord, framework: str) -> Refused:
     return Refused(
         f"{framework} has no type for tensor {record.name!r}, which is {record.dtype}",
-        next="ckptd restore NAME --tensor GLOB --to FILE.safetensors",
+        next=_AS_A_FILE,
     )
 
 

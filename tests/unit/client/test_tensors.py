@@ -23,6 +23,27 @@ BYTES = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items() if not bits % 8}
 NOT_OF_MLX = {"F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"}
 READ_BY_SAFETENSORS_NUMPY = sorted(BYTES.keys() - {"BF16", *NOT_OF_MLX})  # version 0.8
 OPTIONAL = [name for name in ("torch", "mlx") if importlib.util.find_spec(name)]
+TYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "U32": "uint32",
+    "I32": "int32",
+    "F32": "float32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
 SHAPES = [(2, 3), (), (0, 4), (5,)]
 
 
@@ -64,7 +85,7 @@ def test_an_array_is_the_bits_of_the_tensor(
     array = make(record, bytearray(content))
     assert tuple(array.shape) == shape
     assert _bits(framework, array) == content
-    assert (array.dtype.size if framework == "mlx" else array.dtype.itemsize) == BYTES[dtype]
+    assert str(array.dtype).rpartition(".")[2] == TYPES[dtype]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -85,6 +106,13 @@ def test_types_below_a_byte_are_refused_by_name(framework: str) -> None:
     record = TensorRecord("t", "model.safetensors", "F4", (2,), 0, 1)
     with pytest.raises(Refused, match="no type for tensor 't', which is F4"):
         maker(framework)(record, bytearray(1))
+
+
+@pytest.mark.parametrize("framework", ["numpy", *{"mlx"}.intersection(OPTIONAL)])
+def test_a_shape_that_no_array_can_have_is_refused_by_name(framework: str) -> None:
+    record = TensorRecord("t", "model.safetensors", "F32", (2**62, 0), 0, 0)
+    with pytest.raises(Refused, match="tensor 't' of shape"):
+        maker(framework)(record, bytearray())
 
 
 def test_an_array_may_be_written_to() -> None:
