@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -164,6 +164,7 @@ class Guarantees:
         self.ledger = ledger
         self.media = Media(cluster)
         self.unheard_since_s: dict[tuple[str, str], float] = {}  # by listener and speaker
+        self.remembered: dict[str, frozenset[str]] = {}  # by node, the workers at the last check
         # Also in the middle of a step: a node that comes back in it is heard at once.
         cluster.on_topology = self.note_topology
         self.checked_s = 0.0
@@ -175,6 +176,11 @@ class Guarantees:
         self.check_no_bad_copy_by_itself(look)
         self.check_documents(look)
         self.check_runs(look)
+        self.remembered = {
+            node.name: frozenset(node.node.members.roster.workers())
+            for node in self.cluster.workers
+            if node.node is not None
+        }
         self.checked_s = self.cluster.kernel.now_s
 
     def live_protected(self) -> list[Version]:
@@ -384,8 +390,13 @@ class Guarantees:
     def _check_collected(self, node: SimulatedNode, shard: str, known: set[str]) -> None:
         grace_s = self.cluster.settings.gc_grace_s
         begun_s = self._check_grace(node, shard, f"collected shard {shard[:12]}")
-        heard, needed = self._heard_since(node, begun_s + grace_s)
-        if heard < needed:
+        assert node.node is not None
+        workers = node.node.members.roster.workers()
+        # Who was forgotten in the middle of a pass still counted when it began.
+        asked = [workers, self.remembered.get(node.name, workers)]
+        found = [self._heard_since(node, others, begun_s + grace_s) for others in asked]
+        if all(heard < needed for heard, needed in found):
+            heard, needed = found[0]
             self.cluster.fail(
                 f"{node.name} collected shard {shard[:12]}, and had heard of {heard} others after "
                 f"its grace, not of {needed}"
@@ -403,11 +414,12 @@ class Guarantees:
             self.cluster.fail(f"{node.name} {what} {since_s:.0f} s after it came")
         return begun_s
 
-    def _heard_since(self, node: SimulatedNode, moment_s: float) -> tuple[int, int]:
-        """How many of the other workers that a node remembers it may have heard of after a moment,
-        and how many half of them are."""
-        assert node.node is not None
-        others = node.node.members.roster.workers() - {node.name}
+    def _heard_since(
+        self, node: SimulatedNode, workers: Collection[str], moment_s: float
+    ) -> tuple[int, int]:
+        """How many other ones of these workers a node may have heard of after a moment, and how
+        many half of them are."""
+        others = set(workers) - {node.name}
         heard = 0
         for other in others:
             unheard_s = self.unheard_since_s.get((node.name, other))

@@ -315,7 +315,12 @@ class Repairer:
         if self._totals is not None:
             self._totals.queued_bytes = max(0, self._totals.queued_bytes - outcome.done_bytes)
             self._totals.queued_shards = max(0, self._totals.queued_shards - outcome.done_copies)
-        # A copy that was there although its node did not say so will be planned again at once.
+        if outcome.there and not outcome.new_copies:
+            # Their nodes do not say that they have them: no other version must wait for that.
+            for version_id in outcome.there:
+                self._queue.pop(version_id, None)
+            self._look_at_new_in(limits.REPAIR_AVOID_S)
+            return bool(self._queue)
         return outcome.new_copies > 0
 
     def _note_failures(self, outcome: Outcome) -> None:

@@ -23,13 +23,15 @@ _DONE: Final = ("durable", "present")
 @dataclass
 class Outcome:
     """What came of some copies. `failed` are nodes that could not do their part, `worked` are
-    targets that did. Of the `done_copies` the `new_copies` were written; the others were there."""
+    targets that did. Of the `done_copies` the `new_copies` were written; the others, of the
+    versions `there`, were there already."""
 
     done_copies: int = 0
     new_copies: int = 0
     done_bytes: int = 0
     failed: set[str] = field(default_factory=set)
     worked: set[str] = field(default_factory=set)
+    there: set[str] = field(default_factory=set)
 
     def add(self, other: Outcome) -> None:
         """Takes in what came of others."""
@@ -38,6 +40,7 @@ class Outcome:
         self.done_bytes += other.done_bytes
         self.failed |= other.failed
         self.worked |= other.worked
+        self.there |= other.there
 
 
 class Sending:
@@ -147,7 +150,10 @@ class Sending:
         for copy, report in zip(copies, reply.reports, strict=False):
             if report.state in _DONE:
                 outcome.done_copies += 1
-                outcome.new_copies += report.state == "durable"
+                if report.state == "durable":
+                    outcome.new_copies += 1
+                else:
+                    outcome.there.add(copy.version)
                 outcome.done_bytes += copy.size
                 outcome.worked.add(target)
             elif report.state != "busy":

@@ -391,24 +391,46 @@ def test_a_removed_version_is_not_repaired(in_cluster: RunInCluster) -> None:
     in_cluster(body)
 
 
-def test_copies_that_nobody_tells_of_are_not_sent_without_end(in_cluster: RunInCluster) -> None:
-    """The others have not got the manifest: they take the copies, and cannot say that they have
-    them."""
+def _store_alone(cluster: LoopCluster, *, copies: int) -> None:
+    """Two shards on "a", which alone has their manifest: the others take copies of them, and
+    cannot say that they have them."""
+    others = [cluster.nodes[node] for node in "bcd"]
+    for node in others:
+        node.up = False
+    cluster.store(["a", "a"], name="run/alone", copies=copies)
+    for node in others:
+        node.up = True
 
+
+def test_copies_that_nobody_tells_of_are_not_sent_without_end(in_cluster: RunInCluster) -> None:
     async def body(cluster: LoopCluster) -> None:
-        others = [cluster.nodes[node] for node in "bcd"]
-        for node in others:
-            node.up = False
-        cluster.store(["a", "a"])
-        for node in others:
-            node.up = True
+        _store_alone(cluster, copies=2)
         await cluster.run(120)
         assert cluster.moved, "there is something to repair"
         looks = 120 / limits.REPAIR_LOOK_S
-        assert inventories(cluster) < 4 * len(others) * looks
+        assert inventories(cluster) < 4 * 3 * looks
         cluster.share_documents()
         await cluster.run(limits.REPAIR_SCAN_INTERVAL_S)
         assert cluster.nodes["a"].repairer.is_idle()
+
+    in_cluster(body)
+
+
+def test_copies_that_nobody_tells_of_keep_no_other_version_waiting(
+    in_cluster: RunInCluster,
+) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        _, datas = cluster.store(["ab"] * 4, name="run/z", copies=3)  # not as urgent
+        _store_alone(cluster, copies=3)
+        await cluster.until(lambda: all_safe(cluster, datas, 3), 120)
+
+    in_cluster(body)
+
+
+def test_it_goes_on_at_once_while_copies_are_made(in_cluster: RunInCluster) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        _, datas = cluster.store(["a"] * 2000)
+        assert await cluster.until(lambda: all_safe(cluster, datas), 300) < 20
 
     in_cluster(body)
 
