@@ -170,8 +170,8 @@ MUTANTS: Final = (
         "pass",
         also=Mutant(
             "nor its files",
-            "ckptd.client.hashing:SourceHasher.check_still",
-            "if size and hash_file(file, size) != expected:",
+            "ckptd.client.hashing:SourceHasher.check_fresh",
+            "if self.source.is_racy(file) and hash_file(file) != hashed:",
             "if False:",
         ),
     ),
@@ -182,8 +182,8 @@ MUTANTS: Final = (
         "if False:",
         also=Mutant(  # the clock of the laptop is behind the real files, so that it reads again
             "nor is a file that changed just now read again",
-            "ckptd.client.hashing:SourceHasher.check_still",
-            "if size and hash_file(file, size) != expected:",
+            "ckptd.client.hashing:SourceHasher.check_fresh",
+            "if self.source.is_racy(file) and hash_file(file) != hashed:",
             "if False:",
         ),
     ),

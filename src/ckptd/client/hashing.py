@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
 from ckptd.client.source import File, Source
-from ckptd.client.writers import nobody_writes
 from ckptd.core.cutting import Piece, ShardPlan
 from ckptd.errors import SourceChanged
 
@@ -66,7 +64,6 @@ class _FileHash:
 
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
-        self._read_while_racy: tuple[int, str] | None = None
         self.position = 0
 
     def update(self, view: memoryview) -> None:
@@ -76,21 +73,6 @@ class _FileHash:
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()
-
-    @property
-    def is_told(self) -> bool:
-        """Whether `times_tell` was said."""
-        return self._read_while_racy is not None
-
-    def times_tell(self) -> None:
-        """From here on no change leaves the file's times as they are. To be said once, before what
-        follows is read."""
-        self._read_while_racy = self.position, self.hexdigest()
-
-    @property
-    def read_while_racy(self) -> tuple[int, str]:
-        """How many bytes from the start were read before `times_tell`, and what they hash to."""
-        return self._read_while_racy or (self.position, self.hexdigest())
 
 
 class SourceHasher:
@@ -115,8 +97,8 @@ class SourceHasher:
                 for piece in plan.pieces:
                     self._hash_piece(files, piece, shard)
                 yield HashedShard(shard.digest(), plan.size, plan.pieces)
-            for index in range(len(self.source.files)):
-                self._catch_up(files, index, self.source.files[index].size)
+            for index, file in enumerate(self.source.files):
+                self._catch_up(files, index, file.size)
         finally:
             files.close()
 
@@ -126,18 +108,21 @@ class SourceHasher:
         assert [hashed.position for hashed in hashes] == [file.size for file in self.source.files]
         return [hashed.hexdigest() for hashed in hashes]
 
-    def check_still(self) -> None:
-        """Raises SourceChanged unless the source is still what was hashed, once `shards` is
-        exhausted. Blocks on the disk.
+    def check_fresh(self) -> None:
+        """Reads those files again whose times cannot tell whether they held still. Blocks on the
+        disk. Raises SourceChanged.
 
-        What was read of a file while it could change and keep its times is read again. If it is the
-        same, the file was this until its times told of each change, unless it was changed and
-        changed back; and since then they tell of none.
+        What is the same then was so when the first reading of all files ended, unless it was
+        changed and changed back. The later this comes, the more it sees: times are set when a write
+        begins, and when a page of a mapping is first written to, not when the last byte comes.
         """
-        for index, file in enumerate(self.source.files):
-            size, expected = self._hashes[index].read_while_racy
-            if size and hash_file(file, size) != expected:
+        for file, hashed in zip(self.source.files, self.file_hashes(), strict=True):
+            if self.source.is_racy(file) and hash_file(file) != hashed:
                 raise SourceChanged(f"{file.location} changed while it was being stored")
+
+    def check_still(self) -> None:
+        """Raises SourceChanged unless the source is what was hashed, as far as paths and times
+        tell. Blocks on the disk."""
         self.source.check()
 
     def _hash_piece(self, files: OpenFiles, piece: Piece, shard: hashlib._Hash) -> None:
@@ -159,21 +144,8 @@ class SourceHasher:
 
     def _read(self, files: OpenFiles, index: int, offset: int, end: int) -> memoryview:
         """The next block of a file, at most up to `end`."""
-        whole = self._hashes[index]
-        if not whole.is_told and self._times_tell(files, index):
-            whole.times_tell()
         view = self._buffer[: min(BLOCK_BYTES, end - offset)]
         return view[: files.read_into(index, view, offset)]
-
-    def _times_tell(self, files: OpenFiles, index: int) -> bool:
-        """Whether no change of a file will leave its times as they are. Of one that changed shortly
-        before the scan a writer may be at work: times are set when a write begins, and when a page
-        of a mapping is first written to, not when the last byte comes."""
-        file = self.source.files[index]
-        if not self.source.is_racy(file):
-            return True
-        is_over = time.monotonic() >= self.source.racy_until_s(file)
-        return is_over and nobody_writes(files.descriptor(index))
 
 
 class PieceReader:
@@ -236,16 +208,14 @@ class BytesReader:
         self._content.release()
 
 
-def hash_file(file: File, size: int | None = None) -> str:
-    """SHA-256 of a file as it is now, or of its first `size` bytes. Raises SourceChanged."""
+def hash_file(file: File) -> str:
+    """SHA-256 of a file as it is now. Raises SourceChanged."""
     descriptor = file.open()
     try:
         hashed = hashlib.sha256()
         buffer = memoryview(bytearray(BLOCK_BYTES))
-        left = file.size if size is None else size
-        while count := os.readv(descriptor, [buffer[: min(BLOCK_BYTES, left)]]):
+        while count := os.readv(descriptor, [buffer]):
             hashed.update(buffer[:count])
-            left -= count
         return hashed.hexdigest()
     finally:
         os.close(descriptor)

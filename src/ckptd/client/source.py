@@ -26,9 +26,9 @@ from ckptd.core.tensor_index import TensorRecord
 from ckptd.errors import HeaderInvalid, NameRefused, NotFound, SourceChanged, SourceRefused
 
 RACY_NS: Final = 2_100_000_000
-"""A file may change again this long after a change and keep its times: they are as coarse as two
-seconds (FAT), and the system's clock ticks up to ten milliseconds behind the one that we read. What
-was read of it before is read once more at the end."""
+"""A file that changed less than this before it was scanned may change again and keep its times:
+they are as coarse as two seconds (FAT), and the clock of the system's file times ticks up to ten
+milliseconds behind the one that we read. It is hashed a second time."""
 _STORE_AGAIN: Final = "store it again when the training has finished writing it"
 
 
@@ -97,8 +97,7 @@ class Source:
     directories: list[DirectoryEntry]
     symlinks: list[SymlinkEntry]
     warnings: list[str]
-    scanned_ns: int  # by the system's clock, as the times of files are
-    scanned_s: float  # the same moment on the monotonic clock
+    scanned_ns: int
     excluded: frozenset[str] = frozenset()
     cuts: dict[int, list[int]] = field(default_factory=dict)
     tensors: list[TensorRecord] = field(default_factory=list)
@@ -115,16 +114,11 @@ class Source:
             for index, file in enumerate(self.files)
         ]
 
-    def racy_until_s(self, file: File) -> float:
-        """Until when, on the monotonic clock, a file may change and keep its times. The time of
-        change counts, too: a writer may set that of modification back."""
-        newest_ns = max(file.fingerprint.mtime_ns, file.fingerprint.ctime_ns)
-        return self.scanned_s + (newest_ns + RACY_NS - self.scanned_ns) / 1e9
-
     def is_racy(self, file: File) -> bool:
-        """Whether at the time of the scan the times of a file could not prove that it would hold
-        still."""
-        return self.racy_until_s(file) > self.scanned_s
+        """Whether the times of a file cannot prove that it held still. The time of change counts,
+        too: a writer may set that of modification back."""
+        newest_ns = max(file.fingerprint.mtime_ns, file.fingerprint.ctime_ns)
+        return newest_ns > self.scanned_ns - RACY_NS
 
     def check(self) -> None:
         """Raises SourceChanged unless all files and links are unchanged, and no path came or
@@ -170,7 +164,7 @@ def scan(path: Path, *, as_is: bool = False, excluded: Collection[str] = ()) -> 
     sockets, dangling links, unreadable files, and safetensors files with an invalid header (unless
     `as_is`: then they are plain bytes).
     """
-    scanned_ns, scanned_s = time.time_ns(), time.monotonic()
+    scanned_ns = time.time_ns()
     try:
         root = path.resolve(strict=True)
         found = root.stat()
@@ -180,12 +174,12 @@ def scan(path: Path, *, as_is: bool = False, excluded: Collection[str] = ()) -> 
     if stat.S_ISREG(found.st_mode):
         name = check_path(os.path.basename(root))
         mode = found.st_mode & 0o777
-        source = Source(root, "file", mode, [], [], [], [], scanned_ns, scanned_s)
+        source = Source(root, "file", mode, [], [], [], [], scanned_ns)
         source.files.append(_file(name, str(root), found))
     elif stat.S_ISDIR(found.st_mode):
         left_out = frozenset([*excluded, DONE_MARKER])
         mode = found.st_mode & 0o777
-        source = Source(root, "directory", mode, [], [], [], [], scanned_ns, scanned_s, left_out)
+        source = Source(root, "directory", mode, [], [], [], [], scanned_ns, left_out)
         for relative, entry in _walk(root, left_out):
             _add(source, relative, entry)
         source.files.sort(key=lambda file: file.path)

@@ -202,7 +202,8 @@ class _Store:
     async def _hash(
         self, hasher: SourceHasher, source: Source, hashed: asyncio.Queue[HashedShard | None]
     ) -> None:
-        """Hashes in a thread, at most so far ahead of sending that the bytes are still cached."""
+        """Hashes in a thread, at most so far ahead of sending that the bytes are still cached; and
+        looks at fresh files once more while the last shards are on their way."""
         loop = asyncio.get_running_loop()
         plans = cut(source.to_cut(), self._cluster.config.replication.shard_size_bytes)
 
@@ -212,6 +213,11 @@ class _Store:
                 if self._over.is_set():
                     return
                 loop.call_soon_threadsafe(hashed.put_nowait, shard)
+            for _ in range(limits.SHARDS_AHEAD_MAX - limits.SHARDS_LEFT_AT_LAST_LOOK):
+                self._ahead.acquire()
+                if self._over.is_set():
+                    return
+            hasher.check_fresh()
 
         thread = asyncio.ensure_future(asyncio.to_thread(work))
         try:

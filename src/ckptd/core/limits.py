@@ -182,6 +182,7 @@ BUSY_GIVE_UP_S: Final = 300.0  # nodes that are busy with others are waited for 
 TOUCHES_PER_GRACE: Final = 4  # of the shards of a store that is under way
 COMMIT_ROUNDS_MAX: Final = 5
 SHARDS_AHEAD_MAX: Final = 128  # hashed and waiting to be sent
+SHARDS_LEFT_AT_LAST_LOOK: Final = 4  # may be on their way while fresh files are read once more
 SHARDS_PER_VERIFY: Final = 64  # in one question
 
 SHARDS_PER_SURVEY: Final = 64 * KIB  # of the versions that a steward asks about together

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import mmap
 import os
 import struct
-import sys
 import tempfile
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptd.client import contents, hashing
+from ckptd.client import contents
 from ckptd.client.contents import content_id_of
 from ckptd.client.hashing import (
     BytesReader,
     HashedShard,
-    OpenFiles,
     PieceReader,
     SourceHasher,
     hash_file,
@@ -217,6 +210,11 @@ def _hashed(source: Source) -> SourceHasher:
     return hasher
 
 
+def _check(hasher: SourceHasher) -> None:
+    hasher.check_fresh()
+    hasher.check_still()
+
+
 def _change_unseen(source: Source, index: int, offset: int) -> None:
     """Changes a byte of a file within one tick of the file system's clock: its times stay."""
     file = source.files[index]
@@ -227,9 +225,9 @@ def _change_unseen(source: Source, index: int, offset: int) -> None:
 
 
 def test_a_source_that_held_still_passes(source: Source) -> None:
-    _hashed(source).check_still()
+    _check(_hashed(source))
     source.scanned_ns += RACY_NS  # its times would tell
-    _hashed(source).check_still()
+    _check(_hashed(source))
 
 
 @pytest.mark.parametrize("name", ["a", "c"])
@@ -237,6 +235,7 @@ def test_what_came_or_changed_since_it_was_hashed_is_noticed(source: Source, nam
     source.scanned_ns += RACY_NS
     hasher = _hashed(source)
     (source.root / name).write_bytes(b"longer or new")
+    hasher.check_fresh()
     with pytest.raises(SourceChanged):
         hasher.check_still()
 
@@ -246,92 +245,9 @@ def test_a_file_written_a_moment_ago_is_hashed_once_more(source: Source, offset:
     hasher = _hashed(source)
     _change_unseen(source, 1, offset)
     with pytest.raises(SourceChanged, match="/b changed while it was being stored"):
-        hasher.check_still()
-
-
-def _hashed_while(source: Source, then: Callable[[], None]) -> SourceHasher:
-    """Hashed; `then` happens when three of the five shards of the first file are read."""
-    hasher = SourceHasher(source)
-    for count, _ in enumerate(hasher.shards(cut(source.to_cut(), 1000)), start=1):
-        if count == 3:
-            then()
-    return hasher
-
-
-def _time_passes(source: Source) -> None:
-    source.scanned_s -= RACY_NS / 1e9  # so long ago was the scan
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="no other system tells whether somebody writes")
-@pytest.mark.parametrize(("offset", "is_read_again"), [(0, True), (2999, True), (3000, False)])
-def test_what_is_read_when_times_tell_is_not_read_again(
-    source: Source, offset: int, is_read_again: bool
-) -> None:
-    hasher = _hashed_while(source, lambda: _time_passes(source))
-    _change_unseen(source, 0, offset)
-    with pytest.raises(SourceChanged) if is_read_again else nullcontext():
-        hasher.check_still()
-
-
-@pytest.mark.parametrize("mapped", [False, True])
-def test_times_of_a_file_that_somebody_can_write_to_tell_nothing(
-    source: Source, mapped: bool
-) -> None:
-    """One long write sets them when it begins, a mapping when a page is first written to."""
-    with open(source.files[0].location, "r+b") as writer, contextlib.ExitStack() as stack:
-        if mapped:
-            stack.enter_context(mmap.mmap(writer.fileno(), 5000))
-            writer.close()
-        hasher = _hashed_while(source, lambda: _time_passes(source))
-        _change_unseen(source, 0, 4999)
-        with pytest.raises(SourceChanged):
-            hasher.check_still()
-
-
-@pytest.mark.parametrize("racy", ["a", "b"])
-@pytest.mark.parametrize("changed", [0, 1])
-def test_each_file_has_times_of_its_own(
-    source: Source, monkeypatch: pytest.MonkeyPatch, racy: str, changed: int
-) -> None:
-    monkeypatch.setattr(
-        Source, "racy_until_s", lambda _, file: float("inf" if file.path == racy else "-inf")
-    )
-    hasher = _hashed(source)
-    _change_unseen(source, changed, 10)
-    with pytest.raises(SourceChanged) if "ab"[changed] == racy else nullcontext():
-        hasher.check_still()
-
-
-def test_a_block_in_whose_reading_the_times_begin_to_tell_is_read_again(
-    source: Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read, blocks = OpenFiles.read_into, 0
-
-    def read_into(files: OpenFiles, index: int, view: memoryview, offset: int) -> int:
-        nonlocal blocks
-        count = read(files, index, view, offset)
-        blocks += 1
-        if blocks == 3:
-            _time_passes(source)
-        return count
-
-    monkeypatch.setattr(OpenFiles, "read_into", read_into)
-    hasher = _hashed(source)
-    _change_unseen(source, 0, 2500)
-    with pytest.raises(SourceChanged):
-        hasher.check_still()
-
-
-def test_what_is_read_a_moment_too_early_is_read_again(
-    source: Source, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    until_s = source.racy_until_s(source.files[0])
-    clock = SimpleNamespace(monotonic=lambda: until_s - 0.001)
-    monkeypatch.setattr(hashing, "time", clock)
-    hasher = _hashed(source)
-    _change_unseen(source, 0, 10)
-    with pytest.raises(SourceChanged):
-        hasher.check_still()
+        hasher.check_fresh()
+    source.scanned_ns += 60 * RACY_NS  # its times would tell
+    hasher.check_fresh()
 
 
 # -- content ids
@@ -355,4 +271,16 @@ def test_a_fresh_file_is_read_twice_for_a_content_id(
 
     monkeypatch.setattr(contents, "hash_file", hash_file_and_change_it)
     with pytest.raises(SourceChanged, match="/a"):
+        content_id_of(source, threading.Event())
+
+
+def test_what_comes_while_a_content_id_is_made_is_noticed(
+    source: Source, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hash_file_while_another_comes(file: File) -> str:
+        (source.root / "c").touch()
+        return hash_file(file)
+
+    monkeypatch.setattr(contents, "hash_file", hash_file_while_another_comes)
+    with pytest.raises(SourceChanged, match="came, went or changed"):
         content_id_of(source, threading.Event())
