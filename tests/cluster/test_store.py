@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import mmap
 import os
 import re
 import threading
@@ -27,7 +28,9 @@ from ckptd.client import store as store_module
 from ckptd.client.cluster import Cluster
 from ckptd.client.connect import connect
 from ckptd.client.documents import publish
+from ckptd.client.hashing import SourceHasher
 from ckptd.client.progress import Progress
+from ckptd.client.source import Fingerprint
 from ckptd.client.store import StoreResult
 from ckptd.client.store import store as store_checkpoint
 from ckptd.config import load
@@ -345,6 +348,28 @@ def test_a_source_that_changes_while_it_is_stored_gives_no_version(
         path.unlink()
         path.write_bytes(b"again")
     assert cluster.store(path, "moving").state == "protected"
+
+
+def test_a_mapped_file_that_changes_and_keeps_its_times_gives_no_version(
+    cluster: BreakableCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights.bin"
+    path.write_bytes(os.urandom(8 * MIB))
+    check_fresh = SourceHasher.check_fresh
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as mapping:
+        mapping[0] ^= 0xFF  # the page is dirty now: what comes later sets no new time
+
+        def change_first(hasher: SourceHasher, stop: threading.Event) -> None:
+            before = Fingerprint.of(path.stat())
+            mapping[0] ^= 0xFF
+            assert Fingerprint.of(path.stat()) == before
+            check_fresh(hasher, stop)
+
+        monkeypatch.setattr(SourceHasher, "check_fresh", change_first)
+        with pytest.raises(SourceChanged, match=r"weights\.bin|checkpoint changed"):
+            cluster.store(path, "mapped")
+    monkeypatch.undo()
+    assert cluster.store(path, "mapped").state == "protected"
 
 
 def test_a_failed_store_leaves_connections_that_work(

@@ -16,13 +16,9 @@ def content_id_of(source: Source, stop: threading.Event) -> str:
 
     Raises SourceChanged when it did not hold still, or when `stop` was set meanwhile.
     """
-    hashes = []
-    for file in source.files:
-        if stop.is_set():
-            raise SourceChanged(f"{source.root} was not read to its end")
-        hashes.append(hash_file(file))
+    hashes = [hash_file(file, stop) for file in source.files]
     for file, expected in zip(source.files, hashes, strict=True):
-        if source.is_racy(file) and hash_file(file) != expected:
+        if source.is_racy(file) and hash_file(file, stop) != expected:
             raise SourceChanged(f"{file.location} changed while it was being read")
     source.check()
     return content_id(entries_of(source, hashes, (), ()))

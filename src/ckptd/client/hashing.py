@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -108,16 +109,16 @@ class SourceHasher:
         assert [hashed.position for hashed in hashes] == [file.size for file in self.source.files]
         return [hashed.hexdigest() for hashed in hashes]
 
-    def check_fresh(self) -> None:
+    def check_fresh(self, stop: threading.Event) -> None:
         """Reads those files again whose times cannot tell whether they held still. Blocks on the
-        disk. Raises SourceChanged.
+        disk. Raises SourceChanged, also when `stop` is set meanwhile.
 
         What is the same then was so when the first reading of all files ended, unless it was
         changed and changed back. The later this comes, the more it sees: times are set when a write
         begins, and when a page of a mapping is first written to, not when the last byte comes.
         """
         for file, hashed in zip(self.source.files, self.file_hashes(), strict=True):
-            if self.source.is_racy(file) and hash_file(file) != hashed:
+            if self.source.is_racy(file) and hash_file(file, stop) != hashed:
                 raise SourceChanged(f"{file.location} changed while it was being stored")
 
     def check_still(self) -> None:
@@ -208,14 +209,16 @@ class BytesReader:
         self._content.release()
 
 
-def hash_file(file: File) -> str:
-    """SHA-256 of a file as it is now. Raises SourceChanged."""
+def hash_file(file: File, stop: threading.Event) -> str:
+    """SHA-256 of a file as it is now. Raises SourceChanged, also when `stop` is set meanwhile."""
     descriptor = file.open()
     try:
         hashed = hashlib.sha256()
         buffer = memoryview(bytearray(BLOCK_BYTES))
         while count := os.readv(descriptor, [buffer]):
             hashed.update(buffer[:count])
+            if stop.is_set():
+                raise SourceChanged(f"{file.location} was not read to its end")
         return hashed.hexdigest()
     finally:
         os.close(descriptor)

@@ -217,7 +217,11 @@ class _Store:
                 self._ahead.acquire()
                 if self._over.is_set():
                     return
-            hasher.check_fresh()
+            try:
+                hasher.check_fresh(self._over)
+            except SourceChanged:
+                if not self._over.is_set():
+                    raise
 
         thread = asyncio.ensure_future(asyncio.to_thread(work))
         try:

@@ -184,11 +184,19 @@ def test_a_reader_notices_a_file_that_became_shorter(source: Source) -> None:
 
 
 def test_hash_file_refuses_a_changed_file(source: Source) -> None:
+    stop = threading.Event()
     expected = hashlib.sha256((source.root / "a").read_bytes()).hexdigest()
-    assert hash_file(source.files[0]) == expected
+    assert hash_file(source.files[0], stop) == expected
     os.truncate(source.root / "a", 1)
     with pytest.raises(SourceChanged):
-        hash_file(source.files[0])
+        hash_file(source.files[0], stop)
+
+
+def test_hash_file_ends_when_it_is_told_to(source: Source) -> None:
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(SourceChanged, match="not read to its end"):
+        hash_file(source.files[0], stop)
 
 
 def test_bytes_in_memory_read_like_a_shard() -> None:
@@ -211,7 +219,7 @@ def _hashed(source: Source) -> SourceHasher:
 
 
 def _check(hasher: SourceHasher) -> None:
-    hasher.check_fresh()
+    hasher.check_fresh(threading.Event())
     hasher.check_still()
 
 
@@ -235,7 +243,7 @@ def test_what_came_or_changed_since_it_was_hashed_is_noticed(source: Source, nam
     source.scanned_ns += RACY_NS
     hasher = _hashed(source)
     (source.root / name).write_bytes(b"longer or new")
-    hasher.check_fresh()
+    hasher.check_fresh(threading.Event())
     with pytest.raises(SourceChanged):
         hasher.check_still()
 
@@ -245,9 +253,9 @@ def test_a_file_written_a_moment_ago_is_hashed_once_more(source: Source, offset:
     hasher = _hashed(source)
     _change_unseen(source, 1, offset)
     with pytest.raises(SourceChanged, match="/b changed while it was being stored"):
-        hasher.check_fresh()
+        hasher.check_fresh(threading.Event())
     source.scanned_ns += 60 * RACY_NS  # its times would tell
-    hasher.check_fresh()
+    hasher.check_fresh(threading.Event())
 
 
 # -- content ids
@@ -264,8 +272,8 @@ def test_a_content_id_is_of_what_holds_still(source: Source) -> None:
 def test_a_fresh_file_is_read_twice_for_a_content_id(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hash_file_and_change_it(file: File) -> str:
-        hashed = hash_file(file)
+    def hash_file_and_change_it(file: File, stop: threading.Event) -> str:
+        hashed = hash_file(file, stop)
         _change_unseen(source, source.files.index(file), 10)
         return hashed
 
@@ -277,9 +285,9 @@ def test_a_fresh_file_is_read_twice_for_a_content_id(
 def test_what_comes_while_a_content_id_is_made_is_noticed(
     source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def hash_file_while_another_comes(file: File) -> str:
+    def hash_file_while_another_comes(file: File, stop: threading.Event) -> str:
         (source.root / "c").touch()
-        return hash_file(file)
+        return hash_file(file, stop)
 
     monkeypatch.setattr(contents, "hash_file", hash_file_while_another_comes)
     with pytest.raises(SourceChanged, match="came, went or changed"):
