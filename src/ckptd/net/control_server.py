@@ -11,6 +11,7 @@ import contextlib
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
 from typing import Final, cast
 
 import structlog
@@ -138,18 +139,19 @@ class _ServerProtocol(ControlProtocol):
                 return
             self._server.on_hello(cast(Identity, self.identity), event.message)
             assert self.connection is not None
-            self._spawn(self.write(self.connection.send_hello(self._server.hello())), "hello")
+            hello = self.connection.send_hello(self._server.hello())
+            self._spawn(partial(self.write, hello), "hello")
         elif isinstance(event, RequestReceived):
             assert self.connection is not None
             size = self.connection.request_bytes(event.request_id)
             held = _held_bytes(size - event.payload.nbytes, event.payload.nbytes)
             self._handled_bytes += held
-            self._spawn(self._answer(event), type(event.message).__name__, held)
+            self._spawn(partial(self._answer, event), type(event.message).__name__, held)
 
-    def _spawn(self, work: Awaitable[None], what: str, held_bytes: int = 0) -> None:
+    def _spawn(self, work: Callable[[], Awaitable[None]], what: str, held_bytes: int = 0) -> None:
         async def guarded() -> None:
             try:
-                await work
+                await work()
             except PeerError as error:
                 _log.info("answer_not_sent", peer=self.peer, request=what, reason=error.reason)
                 self.abort()
