@@ -139,12 +139,18 @@ class BreakableCluster:
 
     def manifests(self, node_id: str) -> set[str]:
         """The versions whose manifest lies on a node's disk."""
-        found = set()
+        return {
+            document_id
+            for document_id, raw in self.documents(node_id)
+            if json.loads(raw)["kind"] == "manifest"
+        }
+
+    def documents(self, node_id: str) -> Iterator[tuple[str, bytes]]:
+        """The documents on a node's disk, by their ids. The node is at work: one that has gone
+        since it was listed is left out."""
         for path in (self.store_path(node_id) / "catalogue").glob("*.json"):
-            with suppress(FileNotFoundError):  # it has gone since it was listed
-                if json.loads(path.read_bytes())["kind"] == "manifest":
-                    found.add(path.stem)
-        return found
+            with suppress(FileNotFoundError):
+                yield path.stem, path.read_bytes()
 
     def manifest(self, node_id: str, version: str) -> dict[str, Any]:
         path = self.store_path(node_id) / "catalogue" / f"{version}.json"

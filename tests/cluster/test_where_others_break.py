@@ -287,13 +287,12 @@ def test_break_10_a_version_is_published_only_when_its_shards_are_there(
 
     class Watch(Progress):
         def node(self, node: str, size: int) -> None:
-            for number in range(1, 5):
-                catalogue = cluster.store_path(f"node{number}") / "catalogue"
-                early.extend(
-                    path.name
-                    for path in catalogue.glob("*.json")
-                    if b'"data-before-documents"' in path.read_bytes()
-                )
+            early.extend(
+                document_id
+                for number in range(1, 5)
+                for document_id, raw in cluster.documents(f"node{number}")
+                if b'"data-before-documents"' in raw
+            )
 
     stored = cluster.store(source, "data-before-documents", progress=Watch())
     assert stored.state == "protected" and not early
