@@ -7,6 +7,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,11 @@ def stored_a_while_ago(cluster: BreakableCluster, checkpoint: Path, name: str) -
 
 
 def bytes_on(cluster: BreakableCluster, node: str) -> int:
-    return sum(p.stat().st_size for p in (cluster.store_path(node) / "shards").glob("*/*"))
+    size = 0
+    for path in (cluster.store_path(node) / "shards").glob("*/*"):
+        with suppress(FileNotFoundError):  # dropped since it was listed
+            size += path.stat().st_size
+    return size
 
 
 def copies(cluster: BreakableCluster, count: int) -> Callable[[], bool]:
