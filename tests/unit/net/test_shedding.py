@@ -95,9 +95,11 @@ def test_a_connection_that_is_shed_comes_again(pki: Path) -> None:
 
 
 def test_it_does_not_come_for_ever(pki: Path) -> None:
-    with node_that_sheds(pki, 100) as (port, reset):
-        with pytest.raises(PeerUnreachable, match="no TLS"):
-            connector(pki).acquire("pi1", "127.0.0.1", port)
+    with (
+        node_that_sheds(pki, 100) as (port, reset),
+        pytest.raises(PeerUnreachable, match="no TLS"),
+    ):
+        connector(pki).acquire("pi1", "127.0.0.1", port)
     assert len(reset) == limits.HANDSHAKE_TRIES_MAX  # the node counts after it has reset
 
 
@@ -117,10 +119,9 @@ def test_a_control_connection_that_is_shed_comes_again(pki: Path) -> None:
 
 
 def test_a_control_connection_does_not_come_for_ever(pki: Path) -> None:
-    with node_that_sheds(pki, 100) as (port, reset):
-        with pytest.raises(PeerUnreachable):
-            asyncio.run(connected(pki, port))
-        assert len(reset) == limits.HANDSHAKE_TRIES_MAX
+    with node_that_sheds(pki, 100) as (port, reset), pytest.raises(PeerUnreachable):
+        asyncio.run(connected(pki, port))
+    assert len(reset) == limits.HANDSHAKE_TRIES_MAX
 
 
 @contextmanager
@@ -172,7 +173,6 @@ def test_one_that_is_slow_to_hang_up_gets_no_more_time_for_it(
     pki: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(limits, "CONNECT_TIMEOUT_S", 0.0)
-    with node_that_sheds(pki, 100) as (port, reset):
-        with pytest.raises(PeerUnreachable):
-            asyncio.run(connected(pki, port))
-        assert len(reset) == 1
+    with node_that_sheds(pki, 100) as (port, reset), pytest.raises(PeerUnreachable):
+        asyncio.run(connected(pki, port))
+    assert len(reset) == 1
