@@ -19,7 +19,7 @@ from tests.cluster.kill_fixtures import (
 )
 from tests.cluster.watched import Watched
 
-from ckptd.client.hashing import SourceHasher
+from ckptd.client.source import Source
 from ckptd.core.documents import document_id
 from ckptd.errors import SourceChanged
 
@@ -195,9 +195,9 @@ def test_a_store_that_takes_longer_than_the_grace_keeps_its_shards(
     before = on_disks(watched)
     sent: set[str] = set()
 
-    def meanwhile(hasher: SourceHasher) -> None:
+    def meanwhile(source: Source) -> None:
         """All shards are sent, and no manifest names them yet."""
-        if hasher.source.root == broken_off:
+        if source.root == broken_off:
             raise SourceChanged("it was broken off")
         sent.update(on_disks(watched) - before)
         with pytest.raises(SourceChanged):
@@ -207,7 +207,7 @@ def test_a_store_that_takes_longer_than_the_grace_keeps_its_shards(
         # Younger than those of the slow store, and nobody wants them any more.
         wait_until(lambda: not unwanted & on_disks(watched), "the grace to be over")
 
-    monkeypatch.setattr(SourceHasher, "check_still", meanwhile)
+    monkeypatch.setattr(Source, "check", meanwhile)
     result = watched.store(slow, "unruled/slow")
     assert sent <= on_disks(watched)
     assert result.state == "protected"

@@ -165,13 +165,13 @@ MUTANTS: Final = (
     ),
     Mutant(
         "nobody looks whether the source held still",
-        "ckptd.client.hashing:SourceHasher.check_still",
-        "self.source.check()",
+        "ckptd.client.store:_Store.run",
+        "await asyncio.to_thread(source.check)",
         "pass",
         also=Mutant(
             "nor its files",
             "ckptd.client.hashing:SourceHasher.check_fresh",
-            "if self.source.is_racy(file) and hash_file(file, stop) != hashed:",
+            "if self._source.is_racy(file) and hash_file(file, stop) != hashed:",
             "if False:",
         ),
     ),
@@ -183,7 +183,7 @@ MUTANTS: Final = (
         also=Mutant(  # the clock of the laptop is behind the real files, so that it reads again
             "nor is a file that changed just now read again",
             "ckptd.client.hashing:SourceHasher.check_fresh",
-            "if self.source.is_racy(file) and hash_file(file, stop) != hashed:",
+            "if self._source.is_racy(file) and hash_file(file, stop) != hashed:",
             "if False:",
         ),
     ),

@@ -85,28 +85,28 @@ class SourceHasher:
     """
 
     def __init__(self, source: Source) -> None:
-        self.source = source
+        self._source = source
         self._hashes: defaultdict[int, _FileHash] = defaultdict(_FileHash)
         self._buffer = memoryview(bytearray(BLOCK_BYTES))
 
     def shards(self, plans: Iterable[ShardPlan]) -> Iterator[HashedShard]:
         """The hashed shards one by one. Blocks on the disk. Raises SourceChanged."""
-        files = OpenFiles(self.source.files)
+        files = OpenFiles(self._source.files)
         try:
             for plan in plans:
                 shard = hashlib.sha256()
                 for piece in plan.pieces:
                     self._hash_piece(files, piece, shard)
                 yield HashedShard(shard.digest(), plan.size, plan.pieces)
-            for index, file in enumerate(self.source.files):
+            for index, file in enumerate(self._source.files):
                 self._catch_up(files, index, file.size)
         finally:
             files.close()
 
     def file_hashes(self) -> list[str]:
         """SHA-256 of each file, once `shards` is exhausted."""
-        hashes = [self._hashes[index] for index in range(len(self.source.files))]
-        assert [hashed.position for hashed in hashes] == [file.size for file in self.source.files]
+        hashes = [self._hashes[index] for index in range(len(self._source.files))]
+        assert [hashed.position for hashed in hashes] == [file.size for file in self._source.files]
         return [hashed.hexdigest() for hashed in hashes]
 
     def check_fresh(self, stop: threading.Event) -> None:
@@ -117,14 +117,9 @@ class SourceHasher:
         changed and changed back. The later this comes, the more it sees: times are set when a write
         begins, and when a page of a mapping is first written to, not when the last byte comes.
         """
-        for file, hashed in zip(self.source.files, self.file_hashes(), strict=True):
-            if self.source.is_racy(file) and hash_file(file, stop) != hashed:
+        for file, hashed in zip(self._source.files, self.file_hashes(), strict=True):
+            if self._source.is_racy(file) and hash_file(file, stop) != hashed:
                 raise SourceChanged(f"{file.location} changed while it was being stored")
-
-    def check_still(self) -> None:
-        """Raises SourceChanged unless the source is what was hashed, as far as paths and times
-        tell. Blocks on the disk."""
-        self.source.check()
 
     def _hash_piece(self, files: OpenFiles, piece: Piece, shard: hashlib._Hash) -> None:
         self._catch_up(files, piece.file_index, piece.offset)

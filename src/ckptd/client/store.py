@@ -146,9 +146,9 @@ class _Store:
         self._transfers = Transfers(cluster, self._copies, self._progress)
         touching = asyncio.create_task(self._touch(), name="touch")
         try:
-            hasher = await self._send_shards(source)
-            await asyncio.to_thread(hasher.check_still)
-            manifest, raw = await self._manifest(catalogue, source, hasher.file_hashes())
+            hashes = await self._send_shards(source)
+            await asyncio.to_thread(source.check)
+            manifest, raw = await self._manifest(catalogue, source, hashes)
             reached = await Commit(
                 cluster, self._transfers, self._shards, name=self._name, copies=self._copies
             ).run(manifest, raw)
@@ -186,8 +186,8 @@ class _Store:
 
     # -- shards
 
-    async def _send_shards(self, source: Source) -> SourceHasher:
-        """Hashes the source and brings each shard to its nodes; who hashed it."""
+    async def _send_shards(self, source: Source) -> list[str]:
+        """Hashes the source and brings each shard to its nodes; the files' hashes."""
         hasher = SourceHasher(source)
         hashed: asyncio.Queue[HashedShard | None] = asyncio.Queue()
         async with asyncio.TaskGroup() as group:
@@ -197,7 +197,7 @@ class _Store:
             index = self._tensor_index(source)
             if index is not None:
                 await self._consider([index], group)
-        return hasher
+        return hasher.file_hashes()
 
     async def _hash(
         self, hasher: SourceHasher, source: Source, hashed: asyncio.Queue[HashedShard | None]
