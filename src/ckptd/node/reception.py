@@ -193,17 +193,21 @@ class _Forwarder:
     def reports(self) -> tuple[CopyReport, ...]:
         """What is known of the rest of the chain."""
         known = dict(self._sender.reports) if self._sender is not None else {}
-        if isinstance(self._error, _Incomplete):
+        if self._error is not None:
             for hop in (self._target, *self._request.chain):
-                known.setdefault(hop.node, CopyReport(hop.node, "receiving"))
-        elif self._error is not None:
-            culprit = self._error.node if isinstance(self._error, PeerError) else self._target.node
-            for hop in (self._target, *self._request.chain):
-                report = known.get(hop.node)
-                if report is None or report.state == "receiving" or hop.node == culprit:
-                    received = report.received_bytes if report else 0
-                    known[hop.node] = failed_report(hop.node, self._error, received)
+                report = known.get(hop.node, CopyReport(hop.node, "receiving"))
+                if self._is_answer_of(hop.node, self._error):
+                    known[hop.node] = failed_report(hop.node, self._error, report.received_bytes)
+                elif report.state == "receiving":  # cut off by another's failure: not to blame
+                    known[hop.node] = CopyReport(hop.node, "unknown", report.received_bytes)
         return tuple(known.values())
+
+    def _is_answer_of(self, node: str, error: CkptdError) -> bool:
+        """Whether `error` says why this node of the rest of the chain has no copy."""
+        if isinstance(error, _Incomplete):
+            return False
+        culprit = error.node if isinstance(error, PeerError) else self._target.node
+        return node == culprit or isinstance(error, PeerBusy)  # all behind a busy one may try again
 
     def _run(self, source: ShardReader | _BehindWriter) -> None:
         assert self._sender is not None

@@ -429,7 +429,8 @@ class PushShard(Message, frozen=True):
 
 class CopyReport(Message, frozen=True):
     """One node of a chain about its copy. `state`: receiving, durable, present (it had the
-    copy before), busy, or failed (then `code` and `message` say why, as in Error)."""
+    copy before), busy, failed (then `code` and `message` say why, as in Error), or unknown (another
+    node's failure cut it off)."""
 
     node: Text
     state: Text

@@ -128,6 +128,15 @@ def test_a_node_that_fails_three_times_in_a_row_is_left_out() -> None:
     assert len(notes.texts) == 1 and "a is left out" in notes.texts[0]
 
 
+def test_a_node_that_others_cut_off_is_not_left_out() -> None:
+    transfers, _, notes = _transfers(_node("a"), _node("b"))
+    for _ in range(4):
+        _settle(
+            transfers, CopyReport("a", "failed", 0, "peer_unreachable"), CopyReport("b", "unknown")
+        )
+    assert transfers._left_out == {"a"} and len(notes.texts) == 1
+
+
 @pytest.mark.parametrize("code", ["no_room", "medium_failed", "store_operation_failed"])
 def test_a_node_that_cannot_store_is_left_out_at_once(code: str) -> None:
     transfers, _, notes = _transfers(_node("a"), _node("b"))

@@ -413,6 +413,17 @@ def test_a_tail_that_is_down_is_half_a_success(node: RunningNode) -> None:
     wait_at_rest(node)
 
 
+def test_only_the_node_that_is_down_is_to_blame(two_nodes: list[RunningNode]) -> None:
+    """Who stands behind it in a chain was never asked: three such failures leave a node out."""
+    head, tail = two_nodes
+    digest, data = shard()
+    reports = put(head, digest, data, (Hop("pi3", "127.0.0.1", 1), tail.place.hop))
+    assert reports["pi1"].state == "durable"
+    assert (reports["pi3"].state, reports["pi3"].code) == ("failed", "peer_unreachable")
+    assert (reports["pi2"].state, reports["pi2"].code) == ("unknown", "")
+    wait_at_rest(head)
+
+
 def test_a_tail_without_slots_is_busy_and_not_to_blame(two_nodes: list[RunningNode]) -> None:
     head, tail = two_nodes
     digest, data = shard()
@@ -446,7 +457,7 @@ def test_a_head_whose_disk_fails_does_not_blame_its_tail(
     reports = put(head, digest, data, (tail.place.hop,))
     monkeypatch.undo()
     assert (reports["pi1"].state, reports["pi1"].code) == ("failed", "no_room")
-    assert reports["pi2"].state == "receiving"
+    assert reports["pi2"].state == "unknown"
     assert not tail.worker.shards.has(digest)
     wait_at_rest(head)
     wait_at_rest(tail)
