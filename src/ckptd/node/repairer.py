@@ -255,7 +255,10 @@ class Repairer:
             stay = (scan.silent | (self._silent_since_s.keys() - scan.asked)) & known
             self._silent_since_s = {node: self._silent_since_s[node] for node in stay}
         if self._silent_since_s:
-            soon_s = min(self._config.after_s, limits.REPAIR_SILENT_INTERVAL_S)
+            # Who has only just come or gone answers soon; a round may cost much if nobody does.
+            silent_s = now_s - max(self._silent_since_s.values())
+            longest_s = min(self._config.after_s, limits.REPAIR_SILENT_INTERVAL_S)
+            soon_s = min(max(silent_s, limits.REPAIR_SCAN_GAP_S), longest_s)
             self._next_full_s = min(self._next_full_s, now_s + soon_s)
         if not self._queue and scan.urgencies:
             self._done_bytes = 0

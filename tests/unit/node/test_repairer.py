@@ -311,6 +311,27 @@ def test_who_gives_no_answer_is_not_repaired_for_until_it_takes_too_long(
     in_cluster(body)
 
 
+def test_who_has_not_answered_once_is_asked_again_soon(in_cluster: RunInCluster) -> None:
+    """It has just come back, say, and is not connected with all others yet."""
+
+    async def body(cluster: LoopCluster) -> None:
+        cluster.store(PAIRS)
+        handlers = cluster.nodes["c"].requests._handlers
+        inventory = handlers[messages.Inventory]
+
+        async def fail_once(*_: object) -> tuple[messages.Message, bytes]:
+            handlers[messages.Inventory] = inventory
+            raise StoreOperationFailed("not now")
+
+        handlers[messages.Inventory] = fail_once
+        await cluster.run(20)
+        assert handlers[messages.Inventory] is inventory
+        view = cluster.nodes["a"].repairer.view()
+        assert view is not None and view.waiting == ""
+
+    in_cluster(body)
+
+
 def silence(cluster: LoopCluster, node: str, when: Callable[[], bool]) -> None:
     """Lets a node that is up leave the question for its inventory unanswered, for 30 s each."""
     handlers = cluster.nodes[node].requests._handlers
