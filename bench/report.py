@@ -44,7 +44,7 @@ workers (`ckptd store`) and restored (`ckptd restore`), against `rsync -W --fsyn
 once and back from one. ckptd encrypts every byte on every hop, hashes it at every receiver, and
 forces file and directory to the disk before it says that a shard is there; rsync sends plain TCP.
 {results.turns} turns in the order ckptd, rsync, ckptd, rsync, after one of each that is not
-counted; new random bytes and new target files in each.
+counted; new random bytes, which have held still for three seconds, and new target files in each.
 
 **Where.** {machine.cpu}, {machine.cores} cores, {machine.memory_gib:.0f} GiB of memory,
 {machine.kernel}, {machine.filesystem}, {machine.python}, {machine.openssl} ({prices.cipher}),

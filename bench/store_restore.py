@@ -38,12 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"bench: {complaint}", file=sys.stderr)
         return 2
     try:
-        results = run(options.size, options.turns, options.dir)
+        results = run(options.size, options.turns, options.dir, settled=not options.just_written)
     except (MeasurementFailed, CkptdError) as error:
         print(f"bench: the measurement failed: {error}", file=sys.stderr)
         return 1
     print(report.terminal_text(results, profile=options.profile))
-    if not options.trial:
+    if not (options.trial or options.just_written):
         (ROOT / "bench" / "results.json").write_bytes(encode(results))
         (ROOT / "docs" / "benchmark.md").write_text(report.page(results), encoding="utf-8")
     return 0
@@ -56,8 +56,9 @@ def missing() -> str | None:
     return rsync_complaint()
 
 
-def run(size_bytes: int, turns: int, parent: Path | None) -> Results:
-    """Measures everything. `parent` decides the file system. Raises MeasurementFailed."""
+def run(size_bytes: int, turns: int, parent: Path | None, *, settled: bool = True) -> Results:
+    """Measures everything. `parent` decides the file system; `settled` is as in `take_turn`.
+    Raises MeasurementFailed."""
     with workplace(parent) as directory:
         described = machine.describe(directory)
         measured = datetime.now(UTC).strftime("%Y-%m-%d")
@@ -66,7 +67,7 @@ def run(size_bytes: int, turns: int, parent: Path | None) -> Results:
         prices = measure_prices(directory / "floor")
         sides = (CkptdSide(directory / "ckptd"), RsyncSide(directory / "rsync"))
         with running(*sides):
-            legs = _take_turns(sides, directory, size_bytes, turns)
+            legs = _take_turns(sides, directory, size_bytes, turns, settled)
     return Results(
         format=FORMAT,
         measured=measured,
@@ -81,7 +82,7 @@ def run(size_bytes: int, turns: int, parent: Path | None) -> Results:
 
 
 def _take_turns(
-    sides: tuple[Side, ...], directory: Path, size_bytes: int, turns: int
+    sides: tuple[Side, ...], directory: Path, size_bytes: int, turns: int, settled: bool
 ) -> dict[str, dict[str, list[Leg]]]:
     legs: dict[str, dict[str, list[Leg]]] = {
         leg: {side.name: [] for side in sides} for leg in ("store", "restore")
@@ -92,7 +93,7 @@ def _take_turns(
             say(f"no time left for turn {turn}")
             break
         for side in sides:
-            taken = take_turn(side, directory, size_bytes)
+            taken = take_turn(side, directory, size_bytes, settled=settled)
             shown = ", ".join(f"{leg} {measured.seconds:.2f} s" for leg, measured in taken.items())
             say(f"turn {turn} of {turns}, {side.name}: {shown}{'' if turn else ' (not counted)'}")
             if turn:
@@ -134,6 +135,11 @@ def _parser() -> argparse.ArgumentParser:
         prog="make bench ARGS=…", description=(__doc__ or "").split("\n")[0]
     )
     add_options(parser, size_bytes=SIZE_BYTES, turns=TURNS)
+    parser.add_argument(
+        "--just-written",
+        action="store_true",
+        help="store each source as soon as it is written; only prints, as with --trial",
+    )
     parser.add_argument(
         "--profile", action="store_true", help="also print CPU time and memory by process"
     )

@@ -1,4 +1,8 @@
-"""One turn of one side: a fresh source, stored, restored, compared, and everything deleted.
+"""One turn of one side: a new source, stored, restored, compared, and everything deleted.
+
+The source has held still for a moment when it is stored, as everything has that a cluster watches:
+what was written within the last two seconds is read once more by ckptd
+(docs/decisions/one-reading.md), which is the exception and has an option of its own.
 
 Each side's files are deleted right after its turn, so that both sides begin with the memory and the
 disk blocks that the other one has just given back: the first use of fresh memory on a virtual
@@ -12,20 +16,30 @@ import os
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from bench.payload import require_equal, require_room, write_random
 from bench.processes import Leg, measure
 from bench.sides import Side
 
+SETTLED_S: Final = 3.0
 
-def take_turn(side: Side, directory: Path, size_bytes: int) -> dict[str, Leg]:
-    """Both legs of one turn, by name. Raises MeasurementFailed."""
+
+def take_turn(
+    side: Side, directory: Path, size_bytes: int, *, settled: bool = True
+) -> dict[str, Leg]:
+    """Both legs of one turn, by name. Unless `settled`, the source is stored as soon as it is
+    written. Raises MeasurementFailed."""
     source = directory / "source" / "weights.bin"
     source.parent.mkdir(exist_ok=True)
     require_room(directory, size_bytes)
     write_random(source, size_bytes)
+    if settled:
+        os.sync()
+        time.sleep(SETTLED_S)
     output = directory / "output"
     output.mkdir(exist_ok=True)
     store = measure(side.store(source), side.daemons(), output)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+from collections.abc import Callable
 from typing import Final, cast
 
 WIRE_BYTES: Final = 256 * 1024
@@ -33,6 +34,8 @@ class TlsStream:
         self._incoming = ssl.MemoryBIO()
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=server_side)
+        # With a buffer it returns a count, which the stubs do not know.
+        self._read = cast(Callable[[int, memoryview], int], self._tls.read)
         self._wire = memoryview(bytearray(_HANDSHAKE_BYTES))
         self._waiting = self._wire[:0]  # read from the socket, not yet given to OpenSSL
 
@@ -94,18 +97,18 @@ class TlsStream:
 
     def recv_into(self, view: memoryview) -> int:
         """Receives at least one byte into `view`, and what else is there already; 0 at the end."""
-        filled = 0
-        while filled < len(view):
+        filled, size = 0, len(view)
+        incoming, read = self._incoming, self._read  # for each record of 16 KiB: it adds up
+        while filled < size:
             # Asking OpenSSL when it has nothing would cost an exception for each piece.
-            if not (self._incoming.pending or self._tls.pending() or self._feed()):
+            if not (incoming.pending or self._tls.pending() or self._feed()):
                 if filled or not self._receive():
                     break
                 continue
             try:
-                # With a buffer it returns a count, which the stubs do not know.
-                count = cast(int, self._tls.read(len(view) - filled, view[filled:]))
+                count = read(size - filled, view[filled:])
             except ssl.SSLWantReadError:  # a record of TLS itself
-                if self._incoming.pending and not (self._feed() or self._receive()):
+                if incoming.pending and not (self._feed() or self._receive()):
                     break
                 continue
             if not count:
@@ -155,8 +158,9 @@ class TlsStream:
         waiting = self._waiting
         size, end = 0, len(waiting)
         while size < RECORDS_BYTES and end - size >= _RECORD_HEAD_BYTES:
-            body = waiting[size + 3] << 8 | waiting[size + 4]
-            if waiting[size + 1] != 3 or body > _RECORD_BODY_MAX_BYTES:
+            version, _, high, low = waiting[size + 1 : size + _RECORD_HEAD_BYTES]
+            body = high << 8 | low
+            if version != 3 or body > _RECORD_BODY_MAX_BYTES:
                 return end
             if end - size < _RECORD_HEAD_BYTES + body:
                 break

@@ -28,7 +28,7 @@ from ckptd.store.filesystem import OperatingSystem
 from ckptd.wire import frames, messages
 from ckptd.wire.messages import CopyReport, Hop, Message
 
-SIZE = 2 * limits.MIB
+SIZE = 4 * limits.BULK_BUFFER_BYTES
 
 
 @pytest.fixture(autouse=True)
