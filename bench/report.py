@@ -44,7 +44,14 @@ workers (`ckptd store`) and restored (`ckptd restore`), against `rsync -W --fsyn
 once and back from one. ckptd encrypts every byte on every hop, hashes it at every receiver, and
 forces file and directory to the disk before it says that a shard is there; rsync sends plain TCP.
 {results.turns} turns in the order ckptd, rsync, ckptd, rsync, after one of each that is not
-counted; new random bytes, which have held still for three seconds, and new target files in each.
+counted; new random bytes and new target files in each. The source has held still for three seconds,
+as one that the watcher has let settle; one that was just written is hashed once more
+([one-reading.md](decisions/one-reading.md)), which costs another SHA-256 below.
+
+rsync writes through the page cache, and on a virtual machine its time depends on whether that has
+used its memory before: between 1.9 and 4.4 s for the same store on the machine that most was
+measured on, while ours stayed within a second ([bulk-path.md](decisions/bulk-path.md)). So a ratio
+belongs to one run.
 
 **Where.** {machine.cpu}, {machine.cores} cores, {machine.memory_gib:.0f} GiB of memory,
 {machine.kernel}, {machine.filesystem}, {machine.python}, {machine.openssl} ({prices.cipher}),

@@ -1,8 +1,8 @@
 """One turn of one side: a new source, stored, restored, compared, and everything deleted.
 
-The source has held still for a moment when it is stored, as everything has that a cluster watches:
+The source has held still for a moment when it is stored, as one that the watcher has let settle:
 what was written within the last two seconds is read once more by ckptd
-(docs/decisions/one-reading.md), which is the exception and has an option of its own.
+(docs/decisions/one-reading.md), which an option shows.
 
 Each side's files are deleted right after its turn, so that both sides begin with the memory and the
 disk blocks that the other one has just given back: the first use of fresh memory on a virtual

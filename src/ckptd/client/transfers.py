@@ -31,6 +31,7 @@ from ckptd.errors import (
     NotEnoughNodes,
     PeerBusy,
     PeerError,
+    PeerStalled,
     PeerUnreachable,
     SourceChanged,
 )
@@ -196,8 +197,8 @@ class Transfers:
             reports = tuple(CopyReport(node, "busy") for node in chain)
         except (PeerError, NotAuthorized) as error:
             culprit = source.id if source is not None else chain[0]
-            if isinstance(error, PeerError) and error.node in chain:
-                culprit = error.node
+            if isinstance(error, PeerStalled) and error.node in chain:
+                culprit = error.node  # found by our own deadlines: no peer says who is to blame
             if culprit not in chain:
                 self._note_failure(culprit, error.kind, error.message, started_s)
                 shard.holders.discard(culprit)

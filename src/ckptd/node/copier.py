@@ -19,7 +19,15 @@ import structlog
 from ckptd.core import limits
 from ckptd.core.names import check_node_id
 from ckptd.core.steward import Standings
-from ckptd.errors import CkptdError, NameRefused, NotFound, PeerBusy, Refused, ShardCorrupt
+from ckptd.errors import (
+    CkptdError,
+    MediumFailed,
+    NameRefused,
+    NotFound,
+    PeerBusy,
+    Refused,
+    ShardCorrupt,
+)
 from ckptd.net.control_connection import Answer, Progress
 from ckptd.node.ports import Clock, Network, OnDisk
 from ckptd.node.reception import failed_report
@@ -147,7 +155,7 @@ class Copier:
             report = await self._network.push(
                 shard, size, target, rate_bytes_per_s=rate_bytes_per_s
             )
-        except (NotFound, ShardCorrupt) as error:
+        except (NotFound, ShardCorrupt, MediumFailed) as error:
             return failed_report(self._node_id, error)
         except CkptdError as error:
             return failed_report(target, error)

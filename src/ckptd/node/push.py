@@ -14,8 +14,10 @@ from typing import Final
 from ckptd.core import limits
 from ckptd.errors import (
     CkptdError,
+    NotAuthorized,
     NotFound,
     PeerBusy,
+    PeerError,
     PeerRefused,
     PeerStalled,
     PeerUnreachable,
@@ -131,8 +133,8 @@ class Push:
         self._reports: dict[str, CopyReport] = {}
 
     def run(self) -> None:
-        """Answers the request. Raises NotFound, or Refused for a chain that cannot be; PeerError
-        only when it is the asking side that fails."""
+        """Answers the request. Raises NotFound, Refused for a chain that cannot be, and what
+        reading the copy raises; PeerError only when it is the asking side that fails."""
         request = self._request
         check_chain(request.chain, 0, self._node_id, sender=self._channel.peer)
         with self._store.open_read(request.shard) as source:
@@ -158,7 +160,7 @@ class Push:
                 traffic=self._traffic,
                 on_news=self._note,
             )
-        except CkptdError as error:
+        except (PeerError, NotAuthorized) as error:
             if self._channel.broken:
                 raise  # nobody waits for the result any more
             return self._failed(target, error)

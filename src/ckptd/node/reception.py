@@ -19,9 +19,11 @@ from ckptd.errors import (
     CkptdError,
     Draining,
     NameRefused,
+    NotAuthorized,
     PeerBusy,
     PeerError,
     PeerRefused,
+    PeerStalled,
     ProtocolError,
     Refused,
     ShardCorrupt,
@@ -193,21 +195,31 @@ class _Forwarder:
     def reports(self) -> tuple[CopyReport, ...]:
         """What is known of the rest of the chain."""
         known = dict(self._sender.reports) if self._sender is not None else {}
-        if self._error is not None:
+        if (error := self._error) is not None:
+            culprit = self._culprit(error)
             for hop in (self._target, *self._request.chain):
                 report = known.get(hop.node, CopyReport(hop.node, "receiving"))
-                if self._is_answer_of(hop.node, self._error):
-                    known[hop.node] = failed_report(hop.node, self._error, report.received_bytes)
-                elif report.state == "receiving":  # cut off by another's failure: not to blame
+                unfinished = report.state == "receiving"
+                if hop.node == culprit or (unfinished and isinstance(error, PeerBusy)):
+                    known[hop.node] = failed_report(hop.node, error, report.received_bytes)
+                elif unfinished:  # cut off by another's failure: not to blame
                     known[hop.node] = CopyReport(hop.node, "unknown", report.received_bytes)
         return tuple(known.values())
 
-    def _is_answer_of(self, node: str, error: CkptdError) -> bool:
-        """Whether `error` says why this node of the rest of the chain has no copy."""
-        if isinstance(error, _Incomplete):
-            return False
-        culprit = error.node if isinstance(error, PeerError) else self._target.node
-        return node == culprit or isinstance(error, PeerBusy)  # all behind a busy one may try again
+    @property
+    def own_error(self) -> CkptdError | None:
+        """What keeps this node from sending on what it has."""
+        error = self._error
+        return None if isinstance(error, PeerError | NotAuthorized | _Incomplete) else error
+
+    def _culprit(self, error: CkptdError) -> str:
+        """The node of the rest of the chain that is to blame for `error`; "" when none is."""
+        if isinstance(error, PeerStalled):
+            return error.node  # our own deadlines say so, which watch all of them
+        if isinstance(error, PeerBusy) or self.own_error is not None:
+            return ""
+        # Whatever node a peer names in an error, it is the one that has not done its work.
+        return "" if isinstance(error, _Incomplete) else self._target.node
 
     def _run(self, source: ShardReader | _BehindWriter) -> None:
         assert self._sender is not None
@@ -315,7 +327,9 @@ class Reception:
         finally:
             forwarder.close()
         rest = forwarder.reports()
-        if any(report.code == ShardCorrupt.kind for report in rest):
+        if forwarder.own_error is not None:
+            own = failed_report(self._node_id, forwarder.own_error)
+        elif any(report.code == ShardCorrupt.kind for report in rest):
             own = self._own_copy_checked(own)
         self._channel.send(messages.PutResult((own, *rest)))
 
@@ -375,20 +389,30 @@ class Reception:
         size = self._request.size
         while self._received < size:
             buffer = recent.next_piece()
-            wanted = min(len(buffer), size - self._received)
-            filled = 0
-            while filled < wanted:
-                filled += self._channel.receive_payload(buffer[filled:wanted])
-            self._received += filled
-            started_s = time.monotonic()
-            try:
-                incoming.write(buffer[:filled])
-            except CkptdError as error:
-                self._received -= filled
-                self._fail(error)
-                return
-            self._disk_s += time.monotonic() - started_s
-            self._tell(incoming, forwarder)
+            buffer = buffer[: min(len(buffer), size - self._received)]
+            written = 0
+            while written < len(buffer):
+                filled = self._fill(buffer, written)
+                started_s = time.monotonic()
+                try:
+                    incoming.write(buffer[written:filled])
+                except CkptdError as error:
+                    self._fail(error)
+                    return
+                self._disk_s += time.monotonic() - started_s
+                self._received += filled - written
+                written = filled
+                self._tell(incoming, forwarder)
+
+    def _fill(self, buffer: memoryview, filled: int) -> int:
+        """Receives into `buffer`, of which `filled` bytes are there already, until it is full, or
+        for as long as others may be left without news; how much is there then."""
+        until_s = time.monotonic() + limits.PIECE_LATE_S
+        while filled < len(buffer):
+            filled += self._channel.receive_payload(buffer[filled:])
+            if time.monotonic() > until_s:
+                break
+        return filled
 
     def _commit(self, incoming: IncomingShard, forwarder: _Forwarder | None) -> None:
         commit = _Commit(incoming)

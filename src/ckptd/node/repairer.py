@@ -82,6 +82,7 @@ class Repairer:
         self._done_bytes = 0
         self._absences = Absences()
         self._silent_since_s: dict[str, float] = {}
+        self._silent_pause_s = limits.REPAIR_SCAN_GAP_S
         self._waiting_since_s = 0.0
         self._stuck = ""
         self._shape: object = None
@@ -189,6 +190,7 @@ class Repairer:
         if shape != self._shape:
             self._shape = shape
             self._full_due = True
+            self._silent_pause_s = limits.REPAIR_SCAN_GAP_S
         for node, status in sight.statuses.items():
             shards, quarantined, uptime_s = self._counts.get(node, (0, 0, 0.0))
             lost_some = status.shards < shards or status.quarantined > quarantined
@@ -256,10 +258,13 @@ class Repairer:
             self._silent_since_s = {node: self._silent_since_s[node] for node in stay}
         if self._silent_since_s:
             # Who has only just come or gone answers soon; a round may cost much if nobody does.
-            silent_s = now_s - max(self._silent_since_s.values())
-            longest_s = min(self._config.after_s, limits.REPAIR_SILENT_INTERVAL_S)
-            soon_s = min(max(silent_s, limits.REPAIR_SCAN_GAP_S), longest_s)
-            self._next_full_s = min(self._next_full_s, now_s + soon_s)
+            pause_s = min(self._silent_pause_s, self._config.after_s)
+            self._next_full_s = min(self._next_full_s, now_s + pause_s)
+            if scan.is_full:
+                longest_s = limits.REPAIR_SILENT_INTERVAL_S
+                self._silent_pause_s = min(2 * self._silent_pause_s, longest_s)
+        else:
+            self._silent_pause_s = limits.REPAIR_SCAN_GAP_S
         if not self._queue and scan.urgencies:
             self._done_bytes = 0
             _log.info("repair_begins", versions=len(scan.urgencies), **vars(scan.totals))

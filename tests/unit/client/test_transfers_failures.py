@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,8 +15,11 @@ from ckptd.client.progress import Progress
 from ckptd.client.store import _cause
 from ckptd.client.transfers import Shard, Transfers
 from ckptd.errors import (
+    CkptdError,
     NoRoom,
     NotEnoughNodes,
+    PeerRefused,
+    PeerStalled,
     PeerUnreachable,
     SourceChanged,
     SourceRefused,
@@ -126,6 +130,38 @@ def test_a_node_that_fails_three_times_in_a_row_is_left_out() -> None:
     _settle(transfers, failed)
     assert transfers._left_out == {"a"}
     assert len(notes.texts) == 1 and "a is left out" in notes.texts[0]
+
+
+@pytest.mark.parametrize(
+    ("error", "culprit"),
+    [
+        (PeerUnreachable("a", "gone"), "a"),
+        (PeerRefused("b", "refused", "says a, of b"), "a"),
+        (PeerStalled("b", "no progress"), "b"),
+        (PeerStalled("x", "no progress"), "a"),
+    ],
+)
+def test_no_node_says_that_another_one_is_to_blame(
+    monkeypatch: pytest.MonkeyPatch, error: CkptdError, culprit: str
+) -> None:
+    """Our own deadlines do, which watch all nodes of a chain."""
+    transfers, _, _ = _transfers(_node("a"), _node("b"))
+    blamed: list[str] = []
+
+    def send_chain(shard: Shard, chain: tuple[str, ...]) -> tuple[CopyReport, ...]:
+        raise error
+
+    async def after_break(
+        shard: Shard, chain: tuple[str, ...], culprit: str, error: CkptdError
+    ) -> tuple[CopyReport, ...]:
+        blamed.append(culprit)
+        return ()
+
+    monkeypatch.setattr(transfers, "_send_chain", send_chain)
+    monkeypatch.setattr(transfers, "_after_break", after_break)
+    asyncio.run(transfers._try(_shard(), ("a", "b")))
+    transfers.close()
+    assert blamed == [culprit]
 
 
 def test_a_node_that_others_cut_off_is_not_left_out() -> None:

@@ -120,6 +120,30 @@ def test_nothing_moves_within_the_deadline(pki: Path) -> None:
             client.sendall(memoryview(bytes(16 * 1024 * 1024)))
 
 
+@pytest.mark.parametrize(
+    "head",
+    [b"GET / HTTP/1.1\r\n", b"\x17\x09\x09\x00\x20", b"\x17\x03\x03\xff\xff"],
+    ids=["http", "version", "length"],
+)
+def test_what_cannot_become_a_record_is_an_error_at_once(pki: Path, head: bytes) -> None:
+    """Nobody waits for the rest of it."""
+    with streams(pki) as (client, server):
+        client._raw.sendall(head)
+        with pytest.raises(ssl.SSLError):
+            server.recv_into(memoryview(bytearray(10)))
+
+
+def test_a_connection_that_is_cut_inside_a_record_ends(pki: Path) -> None:
+    with streams(pki) as (client, server):
+        client.tls.write(b"x" * 1000)
+        record = client._outgoing.read()
+        client._raw.sendall(record + record[:500])
+        client.shutdown()
+        buffer = memoryview(bytearray(2000))
+        assert server.recv_into(buffer) == 1000
+        assert server.recv_into(buffer) == 0
+
+
 def test_bytes_that_are_no_tls_are_an_error(pki: Path) -> None:
     with streams(pki) as (client, server):
         client._raw.sendall(b"\x17\x03\x03\x00\x20" + b"rubbish!" * 4)

@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from tests.cluster.hostile import RawPeer
@@ -19,11 +21,27 @@ from tests.cluster.kill_fixtures import wait_until
 from tests.unit.node.running_nodes import RunningNode, identity
 
 from ckptd.core import limits
-from ckptd.errors import PeerRefused, Refused
-from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender, push_shard
+from ckptd.errors import (
+    CkptdError,
+    NotAuthorized,
+    PeerBusy,
+    PeerRefused,
+    PeerStalled,
+    PeerUnreachable,
+    ProtocolError,
+    Refused,
+    StoreOperationFailed,
+)
+from ckptd.net.bulk import (
+    BulkChannel,
+    BulkConnector,
+    ShardSender,
+    push_shard,
+    stall_timeout_s,
+)
 from ckptd.net.tls import client_context
 from ckptd.node.bulk_connections import BulkConnections, Slots
-from ckptd.node.reception import check_chain
+from ckptd.node.reception import _Forwarder, check_chain
 from ckptd.store.filesystem import OperatingSystem
 from ckptd.wire import frames, messages
 from ckptd.wire.messages import CopyReport, Hop, Message
@@ -422,6 +440,111 @@ def test_only_the_node_that_is_down_is_to_blame(two_nodes: list[RunningNode]) ->
     assert (reports["pi3"].state, reports["pi3"].code) == ("failed", "peer_unreachable")
     assert (reports["pi2"].state, reports["pi2"].code) == ("unknown", "")
     wait_at_rest(head)
+
+
+def test_a_slow_line_leaves_the_rest_of_the_chain_not_without_bytes(
+    two_nodes: list[RunningNode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A buffer takes longer to fill at the least speed that counts than others wait for news."""
+    head, tail = two_nodes
+    digest, data = shard()
+    monkeypatch.setattr(limits, "PIECE_LATE_S", 0.02)
+    there: list[int] = []
+
+    class Slow(Source):
+        def read_into(self, buffer: memoryview, offset: int) -> int:
+            if offset < limits.BULK_BUFFER_BYTES:
+                time.sleep(0.01)  # the line, not something that is waited for
+                parts = Path(tail.store, "incoming").iterdir()
+                there.append(sum(part.stat().st_size for part in parts))
+            return super().read_into(buffer[: 16 * limits.KIB], offset)
+
+    with connector(head) as bulk:
+        where = head.place
+        channel = bulk.acquire(where.node, where.host, where.bulk)
+        request_ = messages.PutShard(digest, len(data), (tail.place.hop,))
+        sender = ShardSender(channel, request_, hop=0)
+        sender.negotiate()
+        reports = sender.send(Slow(data), memoryview(bytearray(limits.BULK_BUFFER_BYTES)))
+        bulk.release(where.node, where.host, where.bulk, channel)
+    assert [report.state for report in reports] == ["durable", "durable"]
+    assert any(there)
+    for node in two_nodes:
+        path = Path(node.store, "shards", digest.hex()[:2], digest.hex())
+        assert path.read_bytes() == data
+
+
+def test_news_of_a_slow_line_come_before_anybody_gives_up() -> None:
+    shortest_s = min(stall_timeout_s(hop) for hop in range(limits.CHAIN_HOPS_MAX))
+    a_record_s = 16 * limits.KIB / limits.TRANSFER_MIN_BYTES_PER_S
+    assert limits.PIECE_LATE_S + a_record_s + limits.PROGRESS_INTERVAL_S < shortest_s
+
+
+def test_a_head_that_cannot_read_its_copy_blames_itself(
+    two_nodes: list[RunningNode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, tail = two_nodes
+    digest, data = shard()
+    put(head, digest, data)
+    original = OperatingSystem.pread_into
+
+    def failing(self: OperatingSystem, descriptor: int, buffer: memoryview, offset: int) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(str(head.store)):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        return original(self, descriptor, buffer, offset)
+
+    monkeypatch.setattr(OperatingSystem, "pread_into", failing)
+    reports = put(head, digest, data, (tail.place.hop,))
+    assert (reports["pi1"].state, reports["pi1"].code) == ("failed", "store_operation_failed")
+    assert (reports["pi2"].state, reports["pi2"].code) == ("unknown", "")
+    with connector(head) as bulk:
+        where = head.place
+        channel = bulk.acquire(where.node, where.host, where.bulk)
+        with pytest.raises(PeerRefused) as refused:
+            push_shard(channel, messages.PushShard(digest, len(data), (tail.place.hop,)))
+        assert (refused.value.node, refused.value.code) == ("pi1", "store_operation_failed")
+        bulk.release(where.node, where.host, where.bulk, channel)
+    assert not tail.worker.shards.has(digest)
+    monkeypatch.undo()
+    assert put(head, digest, data, (tail.place.hop,))["pi2"].state == "durable"
+
+
+DURABLE = CopyReport("b", "durable", SIZE)
+RECEIVING = CopyReport("b", "receiving", 7)
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "states"),
+    [
+        (PeerUnreachable("a", "gone"), [], ["failed", "unknown"]),
+        (PeerUnreachable("a", "gone"), [DURABLE], ["failed", "durable"]),
+        (PeerUnreachable("a", "gone"), [RECEIVING], ["failed", "unknown"]),
+        (PeerRefused("b", "refused", "it was b"), [], ["failed", "unknown"]),
+        (PeerRefused("x", "refused", "it was x"), [], ["failed", "unknown"]),
+        (ProtocolError("a", "nonsense"), [], ["failed", "unknown"]),
+        (NotAuthorized("somebody else"), [], ["failed", "unknown"]),
+        (PeerStalled("b", "stalls"), [CopyReport("a", "durable", SIZE)], ["durable", "failed"]),
+        (PeerStalled("b", "stalls"), [RECEIVING], ["unknown", "failed"]),
+        (PeerBusy("a", "no slot"), [], ["busy", "busy"]),
+        (PeerBusy("a", "no slot"), [DURABLE], ["busy", "durable"]),
+        (StoreOperationFailed("own disk"), [RECEIVING], ["unknown", "unknown"]),
+        (CkptdError("own fault"), [DURABLE], ["unknown", "durable"]),
+    ],
+)
+def test_of_a_chain_that_broke_only_one_is_to_blame(
+    node: RunningNode, error: CkptdError, said: list[CopyReport], states: list[str]
+) -> None:
+    """Nodes "a" and "b" were to get the shard."""
+    request_ = messages.PutShard(b"\0" * 32, SIZE, (Hop("a", "h", 1), Hop("b", "h", 1)))
+    forwarder = _Forwarder(node.worker.bulk.connector, request_, 1, node.worker.traffic)
+    forwarder._sender = cast(ShardSender, SimpleNamespace(reports={r.node: r for r in said}))
+    forwarder._fail(error)
+    reports = {report.node: report for report in forwarder.reports()}
+    assert [reports[each].state for each in "ab"] == states
+    ours = isinstance(error, StoreOperationFailed) or type(error) is CkptdError
+    assert forwarder.own_error is (error if ours else None)
+    if RECEIVING in said:
+        assert reports["b"].received_bytes == 7
 
 
 def test_a_tail_without_slots_is_busy_and_not_to_blame(two_nodes: list[RunningNode]) -> None:

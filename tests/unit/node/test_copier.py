@@ -10,7 +10,14 @@ from tests.unit.node.loop_cluster import LoopCluster, RunInCluster
 
 from ckptd.config import RepairConfig
 from ckptd.core import limits
-from ckptd.errors import PeerBusy, PeerRefused
+from ckptd.errors import (
+    CkptdError,
+    MediumFailed,
+    PeerBusy,
+    PeerRefused,
+    PeerStalled,
+    ShardCorrupt,
+)
 from ckptd.wire import messages
 
 
@@ -98,6 +105,28 @@ def test_what_is_not_here_is_told(in_cluster: RunInCluster) -> None:
             ("failed", "a", "not_found"),
             ("durable", "c", ""),
         ]
+
+    in_cluster(body)
+
+
+@pytest.mark.parametrize(
+    ("error", "node"),
+    [
+        (MediumFailed("the disk of a"), "a"),
+        (ShardCorrupt("00" * 32), "a"),
+        (PeerStalled("c", "no progress"), "c"),
+    ],
+)
+def test_who_failed_is_named(in_cluster: RunInCluster, error: CkptdError, node: str) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["ab"])
+
+        async def push(*_: object, **__: object) -> messages.CopyReport:
+            raise error
+
+        cluster.nodes["a"].network.push = push  # type: ignore[method-assign]
+        reports = await copy(cluster, version, datas)
+        assert [(r.state, r.node, r.code) for r in reports] == [("failed", node, error.kind)]
 
     in_cluster(body)
 

@@ -332,6 +332,39 @@ def test_who_has_not_answered_once_is_asked_again_soon(in_cluster: RunInCluster)
     in_cluster(body)
 
 
+@pytest.mark.parametrize("silent", ["c", "cd"])
+def test_who_goes_on_not_to_answer_is_asked_more_and_more_seldom(
+    in_cluster: RunInCluster, silent: str
+) -> None:
+    """A node of which every answer fails at once; or two, each of which fails every other time."""
+
+    async def body(cluster: LoopCluster) -> None:
+        cluster.store(PAIRS)
+        rounds: list[str] = []
+
+        def failing(node: str, turn: int) -> None:
+            handlers = cluster.nodes[node].requests._handlers
+            answer = handlers[messages.Inventory]
+
+            async def inventory(*question: Any) -> Any:
+                rounds.append(node)
+                if len(silent) == 1 or rounds.count(node) % 2 == turn:
+                    raise StoreOperationFailed("not now")
+                return await answer(*question)
+
+            handlers[messages.Inventory] = inventory
+
+        for turn, node in enumerate(silent):
+            failing(node, turn)
+        await cluster.run(55)
+        asked = rounds.count("c")
+        assert 4 <= asked <= 8
+        await cluster.run(300)
+        assert 8 <= rounds.count("c") - asked <= 20
+
+    in_cluster(body)
+
+
 def silence(cluster: LoopCluster, node: str, when: Callable[[], bool]) -> None:
     """Lets a node that is up leave the question for its inventory unanswered, for 30 s each."""
     handlers = cluster.nodes[node].requests._handlers
