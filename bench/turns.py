@@ -38,7 +38,7 @@ def take_turn(
     require_room(directory, size_bytes)
     write_random(source, size_bytes)
     if settled:
-        os.sync()
+        os.sync()  # first, so that the disk is at rest afterwards, too
         time.sleep(SETTLED_S)
     output = directory / "output"
     output.mkdir(exist_ok=True)

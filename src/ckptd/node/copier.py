@@ -29,8 +29,8 @@ from ckptd.errors import (
     ShardCorrupt,
 )
 from ckptd.net.control_connection import Answer, Progress
+from ckptd.node.forwarder import failed_report
 from ckptd.node.ports import Clock, Network, OnDisk
-from ckptd.node.reception import failed_report
 from ckptd.node.records import Records
 from ckptd.node.requests import NodeAnswerer
 from ckptd.store.copy_reader import VerifyResult

@@ -24,7 +24,8 @@ from ckptd.errors import (
     ShardCorrupt,
 )
 from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender, ShardSource
-from ckptd.node.reception import check_chain, failed_report
+from ckptd.node.forwarder import failed_report
+from ckptd.node.reception import check_chain
 from ckptd.node.traffic import Traffic
 from ckptd.store.filesystem import aligned_buffer
 from ckptd.store.shard_io import ShardReader

@@ -1,8 +1,7 @@
 """Taking in one shard, and passing it on while it comes in.
 
-The connection's own thread receives, hashes and writes; a second one forwards to the next node. It
-reads the bytes back behind the writer, from the page cache: it shares no buffer with the receiver,
-so that a slow next node delays only its own copy.
+The connection's own thread receives, hashes and writes; what passes the shard on follows it
+(`ckptd.node.forwarder`).
 """
 
 from __future__ import annotations
@@ -19,32 +18,23 @@ from ckptd.errors import (
     CkptdError,
     Draining,
     NameRefused,
-    NotAuthorized,
-    PeerBusy,
     PeerError,
-    PeerRefused,
-    PeerStalled,
     ProtocolError,
     Refused,
     ShardCorrupt,
 )
-from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender
+from ckptd.net.bulk import BulkChannel, BulkConnector
 from ckptd.net.bulk_channel import patience_s
+from ckptd.node.forwarder import BehindWriter, Forwarder, failed_report
 from ckptd.node.recent_pieces import RecentPieces
 from ckptd.node.traffic import Traffic
 from ckptd.store.copy_reader import VerifyResult
-from ckptd.store.shard_io import IncomingShard, ShardReader
+from ckptd.store.shard_io import IncomingShard
 from ckptd.store.shards import ShardStore
 from ckptd.wire import messages
 from ckptd.wire.messages import CopyReport, Hop
 
 _log = structlog.get_logger(__name__)
-
-
-def failed_report(node: str, error: CkptdError, received: int = 0) -> CopyReport:
-    """What a node of the chain says when it did not store its copy."""
-    state = "busy" if error.kind == "peer_busy" else "failed"
-    return CopyReport(node, state, received, error.kind, error.message[:8000])
 
 
 def check_chain(chain: tuple[Hop, ...], hop: int, node_id: str, *, sender: str) -> None:
@@ -94,157 +84,6 @@ class _Commit:
             _log.exception("shard_not_stored", shard=self._incoming.digest.hex())
             self.error = CkptdError(f"storing a shard failed: {error}")
         self.seconds = time.monotonic() - started_s
-
-
-class _Incomplete(CkptdError):
-    """The shard ended before its last byte: whoever was to get it is not to blame."""
-
-
-class _BehindWriter:
-    """A shard that is still coming in, as far as it is written: from memory, or from its file."""
-
-    def __init__(self, incoming: IncomingShard, recent: RecentPieces, timeout_s: float) -> None:
-        self._incoming = incoming
-        self._recent = recent
-        self._reader = incoming.reader()
-        self._timeout_s = timeout_s
-
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        """As ShardSource. Raises CkptdError when the shard will never be complete."""
-        written = self._incoming.wait_written(offset, self._timeout_s)
-        if written <= offset:
-            raise _Incomplete("the shard did not come in completely")
-        if count := self._recent.copy(buffer, offset, written):
-            return count
-        return self._reader.read_into(buffer[: written - offset], offset)
-
-    def close(self) -> None:
-        self._reader.close()
-
-
-class _Forwarder:
-    """Sends the shard on to the rest of the chain, in a thread of its own."""
-
-    def __init__(
-        self,
-        connector: BulkConnector,
-        request: messages.PutShard,
-        hop: int,
-        traffic: Traffic,
-    ) -> None:
-        self._connector = connector
-        self._target: Hop = request.chain[0]
-        self._request = messages.PutShard(request.shard, request.size, request.chain[1:])
-        self._hop = hop
-        self._traffic = traffic
-        self._channel: BulkChannel | None = None
-        self._sender: ShardSender | None = None
-        self._error: CkptdError | None = None
-        self._complete = False  # the exchange has come to its end: the channel serves another
-        self._giving_back = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def negotiate(self) -> None:
-        """Asks the next node; a refusal or no answer leaves it out of the chain."""
-        target = self._target
-        try:
-            self._channel = self._connector.acquire(
-                target.node, target.host, target.port, hop=self._hop
-            )
-            self._sender = ShardSender(self._channel, self._request, hop=self._hop)
-            self._sender.negotiate()
-        except CkptdError as error:
-            self._complete = isinstance(error, PeerBusy | PeerRefused)
-            self._fail(error)
-
-    def start(self, source: ShardReader | _BehindWriter) -> None:
-        """Begins to send, or to wait for the end of what the rest of the chain does without.
-        Closes `source` at the end."""
-        if self._error is not None:
-            source.close()
-            return
-        self._thread = threading.Thread(
-            target=self._run, args=(source,), name="shard forwarder", daemon=True
-        )
-        self._thread.start()
-
-    def join(self, timeout_s: float) -> bool:
-        """Waits for the rest of the chain; whether it has ended."""
-        if self._thread is not None:
-            self._thread.join(timeout_s)
-            return not self._thread.is_alive()
-        return True
-
-    def close(self) -> None:
-        """Gives the connection back, or drops it when the transfer has not ended: the next node
-        then discards what it has. To be called once, whatever has happened."""
-        if self._thread is not None and self._thread.is_alive():
-            if self._channel is not None:
-                self._channel.interrupt()  # its thread gives it back
-        else:
-            self._give_back()
-
-    def _give_back(self) -> None:
-        with self._giving_back:
-            channel, self._channel = self._channel, None
-        if channel is not None:
-            target = self._target
-            channel.broken = channel.broken or not self._complete
-            self._connector.release(target.node, target.host, target.port, channel, hop=self._hop)
-
-    def reports(self) -> tuple[CopyReport, ...]:
-        """What is known of the rest of the chain."""
-        known = dict(self._sender.reports) if self._sender is not None else {}
-        if (error := self._error) is not None:
-            culprit = self._culprit(error)
-            for hop in (self._target, *self._request.chain):
-                report = known.get(hop.node, CopyReport(hop.node, "receiving"))
-                unfinished = report.state == "receiving"
-                if hop.node == culprit or (unfinished and isinstance(error, PeerBusy)):
-                    known[hop.node] = failed_report(hop.node, error, report.received_bytes)
-                elif unfinished:  # cut off by another's failure: not to blame
-                    known[hop.node] = CopyReport(hop.node, "unknown", report.received_bytes)
-        return tuple(known.values())
-
-    @property
-    def own_error(self) -> CkptdError | None:
-        """What keeps this node from sending on what it has."""
-        error = self._error
-        return None if isinstance(error, PeerError | NotAuthorized | _Incomplete) else error
-
-    def _culprit(self, error: CkptdError) -> str:
-        """The node of the rest of the chain that is to blame for `error`; "" when none is."""
-        if isinstance(error, PeerStalled):
-            return error.node  # our own deadlines say so, which watch all of them
-        if isinstance(error, PeerBusy) or self.own_error is not None:
-            return ""
-        # Whatever node a peer names in an error, it is the one that has not done its work.
-        return "" if isinstance(error, _Incomplete) else self._target.node
-
-    def _run(self, source: ShardReader | _BehindWriter) -> None:
-        assert self._sender is not None
-        started_s = time.monotonic()
-        target = self._target
-        try:
-            self._sender.send(source, memoryview(bytearray(limits.BULK_BUFFER_BYTES)))
-            self._complete = True
-            seconds = time.monotonic() - started_s
-            self._traffic.sent(target.node, self._sender.sent_bytes, seconds)
-        except CkptdError as error:
-            self._fail(error)
-        except Exception as error:  # the edge of this thread: the copy failed, the node goes on
-            _log.exception("forwarding_failed", node=target.node)
-            self._fail(CkptdError(f"{target.node}: forwarding failed: {error}"))
-        finally:
-            source.close()
-            self._give_back()
-
-    def _fail(self, error: CkptdError) -> None:
-        self._error = error
-        if isinstance(error, PeerBusy):  # a hint, not a failure
-            return
-        self._traffic.error(error.kind)
-        _log.warning("chain_broken", node=self._target.node, reason=error.message)
 
 
 class Reception:
@@ -339,11 +178,11 @@ class Reception:
             return own
         return failed_report(self._node_id, ShardCorrupt(self._request.shard.hex()))
 
-    def _forwarder(self) -> _Forwarder | None:
+    def _forwarder(self) -> Forwarder | None:
         """What passes the shard on to the next node; None at the chain's end."""
         if not self._request.chain:
             return None
-        return _Forwarder(self._connector, self._request, self._hop + 1, self._traffic)
+        return Forwarder(self._connector, self._request, self._hop + 1, self._traffic)
 
     def _take_in(self, incoming: IncomingShard) -> None:
         started_s = time.monotonic()
@@ -355,7 +194,7 @@ class Reception:
             self._channel.send(messages.Ready(True, forwarder.reports() if forwarder else ()))
             self._expect_payload()
             if forwarder is not None:
-                forwarder.start(_BehindWriter(incoming, recent, patience_s(self._hop)))
+                forwarder.start(BehindWriter(incoming, recent, patience_s(self._hop)))
             self._receive_payload(incoming, recent, forwarder)
             if self._error is None:
                 self._commit(incoming, forwarder)
@@ -382,7 +221,7 @@ class Reception:
             )
 
     def _receive_payload(
-        self, incoming: IncomingShard, recent: RecentPieces, forwarder: _Forwarder | None
+        self, incoming: IncomingShard, recent: RecentPieces, forwarder: Forwarder | None
     ) -> None:
         """Receives, hashes and writes until all bytes are here or the disk refuses; then the
         connection is given up, because what is still under way has nowhere to go."""
@@ -414,7 +253,7 @@ class Reception:
                 break
         return filled
 
-    def _commit(self, incoming: IncomingShard, forwarder: _Forwarder | None) -> None:
+    def _commit(self, incoming: IncomingShard, forwarder: Forwarder | None) -> None:
         commit = _Commit(incoming)
         try:
             while not commit.join(limits.PROGRESS_INTERVAL_S):
@@ -437,14 +276,14 @@ class Reception:
             reason=error.message,
         )
 
-    def _tell(self, incoming: IncomingShard, forwarder: _Forwarder | None) -> None:
+    def _tell(self, incoming: IncomingShard, forwarder: Forwarder | None) -> None:
         now_s = time.monotonic()
         if now_s - self._told_s >= limits.PROGRESS_INTERVAL_S:
             self._told_s = now_s
             self._channel.send(messages.Progress(self._reports(incoming, forwarder)))
 
     def _reports(
-        self, incoming: IncomingShard, forwarder: _Forwarder | None
+        self, incoming: IncomingShard, forwarder: Forwarder | None
     ) -> tuple[CopyReport, ...]:
         if self._error is not None:
             own = failed_report(self._node_id, self._error, self._received)

@@ -41,7 +41,8 @@ from ckptd.net.bulk import (
 )
 from ckptd.net.tls import client_context
 from ckptd.node.bulk_connections import BulkConnections, Slots
-from ckptd.node.reception import _Forwarder, check_chain
+from ckptd.node.forwarder import Forwarder
+from ckptd.node.reception import check_chain
 from ckptd.store.filesystem import OperatingSystem
 from ckptd.wire import frames, messages
 from ckptd.wire.messages import CopyReport, Hop, Message
@@ -453,11 +454,12 @@ def test_a_slow_line_leaves_the_rest_of_the_chain_not_without_bytes(
 
     class Slow(Source):
         def read_into(self, buffer: memoryview, offset: int) -> int:
-            if offset < limits.BULK_BUFFER_BYTES:
-                time.sleep(0.01)  # the line, not something that is waited for
-                parts = Path(tail.store, "incoming").iterdir()
-                there.append(sum(part.stat().st_size for part in parts))
-            return super().read_into(buffer[: 16 * limits.KIB], offset)
+            if any(there) or offset >= limits.BULK_BUFFER_BYTES - limits.KIB:
+                return super().read_into(buffer, offset)
+            time.sleep(0.01)  # so slow is the line: five seconds for a buffer
+            parts = Path(tail.store, "incoming").iterdir()
+            there.append(sum(part.stat().st_size for part in parts))
+            return super().read_into(buffer[: limits.KIB], offset)
 
     with connector(head) as bulk:
         where = head.place
@@ -536,7 +538,7 @@ def test_of_a_chain_that_broke_only_one_is_to_blame(
 ) -> None:
     """Nodes "a" and "b" were to get the shard."""
     request_ = messages.PutShard(b"\0" * 32, SIZE, (Hop("a", "h", 1), Hop("b", "h", 1)))
-    forwarder = _Forwarder(node.worker.bulk.connector, request_, 1, node.worker.traffic)
+    forwarder = Forwarder(node.worker.bulk.connector, request_, 1, node.worker.traffic)
     forwarder._sender = cast(ShardSender, SimpleNamespace(reports={r.node: r for r in said}))
     forwarder._fail(error)
     reports = {report.node: report for report in forwarder.reports()}

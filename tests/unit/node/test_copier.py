@@ -117,14 +117,16 @@ def test_what_is_not_here_is_told(in_cluster: RunInCluster) -> None:
         (PeerStalled("c", "no progress"), "c"),
     ],
 )
-def test_who_failed_is_named(in_cluster: RunInCluster, error: CkptdError, node: str) -> None:
+def test_who_failed_is_named(
+    in_cluster: RunInCluster, monkeypatch: pytest.MonkeyPatch, error: CkptdError, node: str
+) -> None:
     async def body(cluster: LoopCluster) -> None:
         version, datas = cluster.store(["ab"])
 
         async def push(*_: object, **__: object) -> messages.CopyReport:
             raise error
 
-        cluster.nodes["a"].network.push = push  # type: ignore[method-assign]
+        monkeypatch.setattr(cluster.nodes["a"].network, "push", push)
         reports = await copy(cluster, version, datas)
         assert [(r.state, r.node, r.code) for r in reports] == [("failed", node, error.kind)]
 
