@@ -69,10 +69,10 @@ PASSES: Final = {
             sha256=4,
             encrypt=2,
             decrypt=2,
-            copies=7,
+            copies=6,
             why="SHA-256 of each shard and of the file by the client, of each shard by both "
             "receivers; TLS on two hops; copies: source read for hashing and for sending, two "
-            "sockets in and out, one for forwarding; files are written past the page cache",
+            "sockets in and out; files are written past the page cache",
         ),
         "rsync": Passes(
             sha256=0,

@@ -55,13 +55,11 @@ class Source:
         self.reached = threading.Event()
         self.hold: threading.Event | None = None
 
-    def read_into(self, buffer: memoryview, offset: int) -> int:
+    def piece(self, offset: int, size: int) -> memoryview:
         if self.hold is not None and offset >= len(self.data) // 2:
             self.reached.set()
             assert self.hold.wait(30)
-        piece = self.data[offset : offset + len(buffer)]
-        buffer[: len(piece)] = piece
-        return len(piece)
+        return memoryview(self.data)[offset : offset + size]
 
 
 def hop(cluster: BreakableCluster, node_id: str) -> Hop:
@@ -79,7 +77,7 @@ def store(
         request = messages.PutShard(source.digest, len(source.data), chain)
         sender = ShardSender(channel, request, hop=0)
         sender.negotiate()
-        reports = sender.send(source, memoryview(bytearray(limits.BULK_BUFFER_BYTES)))
+        reports = sender.send(source)
     finally:
         bulk.release(head.node, head.host, head.port, channel)
     return {report.node: report for report in reports}

@@ -248,10 +248,8 @@ class ShardBytes:
     def __init__(self, content: bytes) -> None:
         self.content = content
 
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        piece = self.content[offset : offset + len(buffer)]
-        buffer[: len(piece)] = piece
-        return len(piece)
+    def piece(self, offset: int, size: int) -> memoryview:
+        return memoryview(self.content)[offset : offset + size]
 
 
 def send_chain(
@@ -274,7 +272,7 @@ def send_chain(
         channel = connector.acquire(head.node, head.host, head.port)
         sender = ShardSender(channel, request, hop=0, on_news=tell)
         wanted = sender.negotiate()
-        reports = sender.send(ShardBytes(content), memoryview(bytearray(MIB)))
+        reports = sender.send(ShardBytes(content))
         connector.release(head.node, head.host, head.port, channel)
         return wanted, reports
     finally:

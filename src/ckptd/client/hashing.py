@@ -12,6 +12,7 @@ from typing import Final
 
 from ckptd.client.source import File, Source
 from ckptd.core.cutting import Piece, ShardPlan
+from ckptd.core.limits import BULK_BUFFER_BYTES
 from ckptd.errors import SourceChanged
 
 BLOCK_BYTES: Final = 1024 * 1024
@@ -156,8 +157,9 @@ class PieceReader:
             self._starts.append(start)
             start += piece.length
         self._current = 0
+        self._buffer = memoryview(bytearray(BULK_BUFFER_BYTES))
 
-    def read_into(self, buffer: memoryview, offset: int) -> int:
+    def piece(self, offset: int, size: int) -> memoryview:
         """As ShardSource of `ckptd.net.bulk`. Raises SourceChanged."""
         while offset >= self._starts[self._current] + self._pieces[self._current].length:
             self._current += 1
@@ -165,19 +167,18 @@ class PieceReader:
             self._current -= 1
         piece = self._pieces[self._current]
         inside = offset - self._starts[self._current]
-        view = buffer[: min(len(buffer), piece.length - inside)]
-        return self._files.read_into(piece.file_index, view, piece.offset + inside)
+        view = self._buffer[: min(size, piece.length - inside)]
+        return view[: self._files.read_into(piece.file_index, view, piece.offset + inside)]
 
     def digest(self) -> bytes:
         """SHA-256 of the shard as the files are now."""
         hashed = hashlib.sha256()
         size = self._starts[-1] + self._pieces[-1].length
-        buffer = memoryview(bytearray(BLOCK_BYTES))
         offset = 0
         while offset < size:
-            count = self.read_into(buffer, offset)
-            hashed.update(buffer[:count])
-            offset += count
+            piece = self.piece(offset, BULK_BUFFER_BYTES)
+            hashed.update(piece)
+            offset += len(piece)
         return hashed.digest()
 
     def close(self) -> None:
@@ -190,11 +191,9 @@ class BytesReader:
     def __init__(self, content: bytes) -> None:
         self._content = memoryview(content)
 
-    def read_into(self, buffer: memoryview, offset: int) -> int:
+    def piece(self, offset: int, size: int) -> memoryview:
         """As ShardSource of `ckptd.net.bulk`."""
-        count = min(len(buffer), len(self._content) - offset)
-        buffer[:count] = self._content[offset : offset + count]
-        return count
+        return self._content[offset : offset + size]
 
     def digest(self) -> bytes:
         """SHA-256 of the bytes."""

@@ -51,7 +51,7 @@ _CORRUPT: Final = "shard_corrupt"  # what a node says of bytes that are not the 
 class ShardBytes(Protocol):
     """One shard's bytes, for one transfer at a time."""
 
-    def read_into(self, buffer: memoryview, offset: int) -> int: ...
+    def piece(self, offset: int, size: int) -> memoryview: ...
     def digest(self) -> bytes: ...
     def close(self) -> None: ...
 
@@ -370,7 +370,7 @@ class Transfers:
             sender = ShardSender(channel, request, hop=0)
             try:
                 sender.negotiate()
-                return sender.send(source, memoryview(bytearray(limits.BULK_BUFFER_BYTES)))
+                return sender.send(source)
             finally:
                 source.close()
                 with self._lock:

@@ -20,12 +20,13 @@ _UNFINISHED: Final = "receiving"
 
 
 class ShardSource(Protocol):
-    """Bytes of one shard, read from the start to the end by one thread."""
+    """Bytes of one shard, taken from the start to the end by one thread."""
 
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        """Fills `buffer` from `offset` on with at least one byte; blocks until there is one.
+    def piece(self, offset: int, size: int) -> memoryview:
+        """What follows at `offset`, at least one byte and at most `size` of them, which is at most
+        BULK_BUFFER_BYTES; blocks until there is one.
 
-        Returns the count of bytes. Raises what stands in the way when they will never come.
+        Good until the next call. Raises what stands in the way when it will never come.
         """
 
 
@@ -109,13 +110,13 @@ class ShardSender:
         self.wanted = answer.wanted
         return answer.wanted
 
-    def send(self, source: ShardSource, buffer: memoryview) -> tuple[CopyReport, ...]:
+    def send(self, source: ShardSource) -> tuple[CopyReport, ...]:
         """Sends the payload if the chain wants it, and waits for the result. Raises PeerError, or
         what `source` raises; then the channel is broken, and `reports` says how far the chain
         came."""
         try:
             if self.wanted:
-                self._send_payload(source, buffer)
+                self._send_payload(source)
             self._deadlines.progress()
             while self._result is None:
                 self._wait()
@@ -124,20 +125,20 @@ class ShardSender:
             raise
         return tuple(report for report in self._result.reports if report.node in self._nodes)
 
-    def _send_payload(self, source: ShardSource, buffer: memoryview) -> None:
+    def _send_payload(self, source: ShardSource) -> None:
         size = self._request.size
         data = messages.ShardData(self._request.shard)
         self._channel.send(data, payload_bytes=size, hop=self._hop)
         while self.sent_bytes < size:
-            piece = buffer[: min(len(buffer), size - self.sent_bytes)]
-            count = source.read_into(piece, self.sent_bytes)
+            left = size - self.sent_bytes
+            piece = source.piece(self.sent_bytes, min(left, limits.BULK_BUFFER_BYTES))
             try:
-                self._channel.send_payload(piece[:count])
+                self._channel.send_payload(piece)
             except PeerError:
                 if not self._hear_last_words():
                     raise
                 return
-            self.sent_bytes += count
+            self.sent_bytes += len(piece)
             # One frame for each piece: a peer that talks without end cannot keep us from sending.
             if self._channel.frame_waiting():
                 self._take_frame()

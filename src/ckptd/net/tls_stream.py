@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import struct
 from collections.abc import Callable
 from typing import Final, cast
 
@@ -19,7 +20,8 @@ RECORDS_BYTES: Final = 64 * 1024
 _HANDSHAKE_BYTES: Final = 32 * 1024
 
 # RFC 8446, section 5: type, version 3.x, length; then at most 2^14 bytes and 256 for the cipher.
-_RECORD_HEAD_BYTES: Final = 5
+_RECORD_HEAD: Final = struct.Struct("!BHH")
+_RECORD_HEAD_BYTES: Final = _RECORD_HEAD.size
 _RECORD_BODY_MAX_BYTES: Final = 2**14 + 256
 
 
@@ -158,9 +160,8 @@ class TlsStream:
         waiting = self._waiting
         size, end = 0, len(waiting)
         while size < RECORDS_BYTES and end - size >= _RECORD_HEAD_BYTES:
-            version, _, high, low = waiting[size + 1 : size + _RECORD_HEAD_BYTES]
-            body = high << 8 | low
-            if version != 3 or body > _RECORD_BODY_MAX_BYTES:
+            _, version, body = _RECORD_HEAD.unpack_from(waiting, size)
+            if version >> 8 != 3 or body > _RECORD_BODY_MAX_BYTES:
                 return end
             if end - size < _RECORD_HEAD_BYTES + body:
                 break

@@ -24,7 +24,6 @@ from ckptd.errors import (
     PeerError,
     PeerUnreachable,
     ProtocolError,
-    ShardCorrupt,
 )
 from ckptd.net.bulk import BulkChannel, BulkConnector
 from ckptd.net.bulk_channel import patience_s
@@ -35,7 +34,6 @@ from ckptd.node.bulk_connections import BulkConnection, BulkConnections, Slots
 from ckptd.node.push import Push
 from ckptd.node.reception import Reception
 from ckptd.node.traffic import Traffic
-from ckptd.store.filesystem import aligned_buffer
 from ckptd.store.shards import ShardStore
 from ckptd.wire import messages
 from ckptd.wire.messages import Message
@@ -276,15 +274,12 @@ class BulkService:
             started_s = time.monotonic()
             channel.send(messages.ShardData(request.shard), payload_bytes=source.size)
             source.bypass_cache()
-            buffer = aligned_buffer(limits.BULK_BUFFER_BYTES)
             offset = 0
             try:
                 while offset < source.size:
-                    count = source.read_into(buffer, offset)
-                    if not count:
-                        raise ShardCorrupt(request.shard.hex(), node=self.node_id)
-                    channel.send_payload(buffer[:count])
-                    offset += count
+                    piece = source.piece(offset, limits.BULK_BUFFER_BYTES)
+                    channel.send_payload(piece)
+                    offset += len(piece)
             except PeerError:
                 raise
             except CkptdError as error:

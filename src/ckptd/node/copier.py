@@ -155,7 +155,10 @@ class Copier:
             report = await self._network.push(
                 shard, size, target, rate_bytes_per_s=rate_bytes_per_s
             )
-        except (NotFound, ShardCorrupt, MediumFailed) as error:
+        except ShardCorrupt as error:  # it ends too early
+            await self._suspect(shard)
+            return failed_report(self._node_id, error)
+        except (NotFound, MediumFailed) as error:
             return failed_report(self._node_id, error)
         except CkptdError as error:
             return failed_report(target, error)

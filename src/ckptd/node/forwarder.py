@@ -1,7 +1,7 @@
 """Passing a shard on to the rest of its chain while it comes in, and what is said of that.
 
 A thread of its own sends. It follows the writer from memory, or reads behind it from the shard's
-file: it shares no buffer with the receiver, so that a slow next node delays only its own copy.
+file. The receiver never waits for it, so that a slow next node delays only its own copy.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import time
 
 import structlog
 
-from ckptd.core import limits
 from ckptd.errors import (
     CkptdError,
     NotAuthorized,
@@ -49,14 +48,14 @@ class BehindWriter:
         self._reader = incoming.reader()
         self._timeout_s = timeout_s
 
-    def read_into(self, buffer: memoryview, offset: int) -> int:
+    def piece(self, offset: int, size: int) -> memoryview:
         """As ShardSource. Raises CkptdError when the shard will never be complete."""
+        self._recent.let_go()
         written = self._incoming.wait_written(offset, self._timeout_s)
         if written <= offset:
             raise _Incomplete("the shard did not come in completely")
-        if count := self._recent.copy(buffer, offset, written):
-            return count
-        return self._reader.read_into(buffer[: written - offset], offset)
+        size = min(size, written - offset)
+        return self._recent.hold(offset, offset + size) or self._reader.piece(offset, size)
 
     def close(self) -> None:
         self._reader.close()
@@ -165,7 +164,7 @@ class Forwarder:
         started_s = time.monotonic()
         target = self._target
         try:
-            self._sender.send(source, memoryview(bytearray(limits.BULK_BUFFER_BYTES)))
+            self._sender.send(source)
             self._complete = True
             seconds = time.monotonic() - started_s
             self._traffic.sent(target.node, self._sender.sent_bytes, seconds)

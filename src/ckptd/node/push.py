@@ -27,7 +27,6 @@ from ckptd.net.bulk import BulkChannel, BulkConnector, ShardSender, ShardSource
 from ckptd.node.forwarder import failed_report
 from ckptd.node.reception import check_chain
 from ckptd.node.traffic import Traffic
-from ckptd.store.filesystem import aligned_buffer
 from ckptd.store.shard_io import ShardReader
 from ckptd.store.shards import ShardStore
 from ckptd.wire import messages
@@ -65,7 +64,7 @@ class PacedSource:
         slowest_s = size / rate_bytes_per_s + size / limits.COPY_MIN_BYTES_PER_S
         self._deadline_s = self._started_s + slowest_s + limits.STALL_TIMEOUT_S
 
-    def read_into(self, buffer: memoryview, offset: int) -> int:
+    def piece(self, offset: int, size: int) -> memoryview:
         """As ShardSource has it; waits until what was read before has had its time. Raises
         PeerStalled when the target took too long, PeerUnreachable when this node stops."""
         now_s = time.monotonic()
@@ -74,7 +73,7 @@ class PacedSource:
         wait_s = self._started_s + offset / self._rate_bytes_per_s - now_s
         if self._stopping.wait(max(0.0, wait_s)):
             raise PeerUnreachable(self._target, "this side is stopping")
-        return self._source.read_into(buffer[: self._piece_bytes], offset)
+        return self._source.piece(offset, min(size, self._piece_bytes))
 
 
 def send_copy(
@@ -98,7 +97,7 @@ def send_copy(
         )
         started_s = time.monotonic()
         sender.negotiate()
-        sender.send(source, aligned_buffer(limits.BULK_BUFFER_BYTES))
+        sender.send(source)
         complete = True
     except (PeerBusy, PeerRefused):
         complete = True
@@ -143,7 +142,11 @@ class Push:
             if source.size != request.size:
                 raise NotFound(f"shard {request.shard.hex()} has {source.size} bytes here")
             for target in request.chain:
-                self._reports[target.node] = self._send(source, target)
+                try:
+                    self._reports[target.node] = self._send(source, target)
+                except ShardCorrupt:  # it ends too early
+                    self._on_suspicion(request.shard)
+                    raise
                 self._tell()
         if any(report.code == ShardCorrupt.kind for report in self._reports.values()):
             self._on_suspicion(request.shard)

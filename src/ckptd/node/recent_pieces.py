@@ -1,9 +1,9 @@
 """The last pieces of a shard that is coming in, in memory, for whoever passes it on.
 
 What is written goes past the page cache, so reading behind the writer would mean reading from the
-disk. A forwarder that keeps up copies from here instead; one that does not finds the piece
-overwritten and reads the file. So a slow next node delays its own copy only: the receiver never
-waits for the forwarder, but for one copy of a piece in memory.
+disk. A forwarder that keeps up sends from here instead, and holds the piece that it sends; one that
+does not finds its next piece overwritten and reads the file. So a slow next node delays its own
+copy only: the receiver always has the other places.
 """
 
 from __future__ import annotations
@@ -17,31 +17,41 @@ from ckptd.store.filesystem import aligned_buffer
 class RecentPieces:
     """The last `count` pieces of a stream that is cut into pieces of PIECE_BYTES from its start.
 
-    One thread receives (`next_piece`), any other one copies.
+    One thread receives (`next_piece`); one other may `hold` a piece, for which there have to be at
+    least two places.
     """
 
     def __init__(self, count: int) -> None:
-        self._count = count
         self._buffer = aligned_buffer(count * PIECE_BYTES)
+        self._pieces = [-1] * count  # by place: the number of the piece there
+        self._held = -1  # its place
         self._begun = 0  # pieces that were handed out to be filled
         self._lock = threading.Lock()
 
     def next_piece(self) -> memoryview:
-        """Where the next piece of the stream is to be received; the oldest one is gone then."""
+        """Where the next piece of the stream is to be received; the oldest one that nobody holds is
+        gone then."""
         with self._lock:
-            slot = self._begun % self._count
+            free = (place for place in range(len(self._pieces)) if place != self._held)
+            place = min(free, key=self._pieces.__getitem__)
+            self._pieces[place] = self._begun
             self._begun += 1
-        return self._buffer[slot * PIECE_BYTES : (slot + 1) * PIECE_BYTES]
+        return self._buffer[place * PIECE_BYTES : (place + 1) * PIECE_BYTES]
 
-    def copy(self, buffer: memoryview, offset: int, end: int) -> int:
-        """Copies to `buffer` what the stream has from `offset` on, as far as it lies in one piece
-        and before `end`, up to which all has been received. Returns the count of bytes, 0 when it
-        is no longer here."""
+    def hold(self, offset: int, end: int) -> memoryview:
+        """What the stream has from `offset` on, as far as it lies in one piece and before `end`, up
+        to which all has been received; empty when it is no longer here. It stays as it is until
+        `let_go`, or until another one is held."""
         number, inside = divmod(offset, PIECE_BYTES)
-        size = min(len(buffer), PIECE_BYTES - inside, end - offset)
+        size = min(PIECE_BYTES - inside, end - offset)
         with self._lock:
-            if number < self._begun - self._count:
-                return 0
-            start = number % self._count * PIECE_BYTES + inside
-            buffer[:size] = self._buffer[start : start + size]
-        return size
+            self._held = self._pieces.index(number) if number in self._pieces else -1
+            if self._held < 0:
+                return self._buffer[:0]
+            start = self._held * PIECE_BYTES + inside
+        return self._buffer[start : start + size]
+
+    def let_go(self) -> None:
+        """Nothing is held any more."""
+        with self._lock:
+            self._held = -1

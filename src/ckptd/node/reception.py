@@ -165,15 +165,16 @@ class Reception:
                 self._channel.send(messages.Progress((own, *forwarder.reports())))
         finally:
             forwarder.close()
-        rest = forwarder.reports()
-        if forwarder.own_error is not None:
-            own = failed_report(self._node_id, forwarder.own_error)
-        elif any(report.code == ShardCorrupt.kind for report in rest):
+        rest, error = forwarder.reports(), forwarder.own_error
+        bad_there = any(report.code == ShardCorrupt.kind for report in rest)
+        if bad_there or isinstance(error, ShardCorrupt):
             own = self._own_copy_checked(own)
+        elif error is not None:
+            own = failed_report(self._node_id, error)
         self._channel.send(messages.PutResult((own, *rest)))
 
     def _own_copy_checked(self, own: CopyReport) -> CopyReport:
-        """After another node got other bytes than the shard's from this copy."""
+        """After another node got other bytes than the shard's from this copy, or too few."""
         if self._store.verify(self._request.shard) is VerifyResult.OK:
             return own
         return failed_report(self._node_id, ShardCorrupt(self._request.shard.hex()))

@@ -26,7 +26,7 @@ At least a page: one that is in the cache in parts is never also written around 
 
 def aligned_buffer(size_bytes: int) -> memoryview:
     """A buffer of zeros whose address is a multiple of BLOCK_BYTES."""
-    return memoryview(mmap.mmap(-1, size_bytes))
+    return memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,11 @@ import hashlib
 import threading
 from collections.abc import Callable
 
+from ckptd.core.limits import BULK_BUFFER_BYTES
 from ckptd.errors import ShardCorrupt
 from ckptd.store import durable
 from ckptd.store.durable import NewFile
-from ckptd.store.filesystem import FileSystem
+from ckptd.store.filesystem import FileSystem, aligned_buffer
 from ckptd.store.medium import Medium
 from ckptd.store.room import Reservation
 
@@ -31,6 +32,7 @@ class ShardReader:
         self._descriptor = descriptor
         self._closing = threading.Lock()
         self._past_cache = False
+        self._buffer: memoryview | None = None
         self.digest = digest
         self.size = size
 
@@ -68,6 +70,16 @@ class ShardReader:
             self._filesystem.bypass_cache(self._descriptor, False)
             self._past_cache = False
         return count
+
+    def piece(self, offset: int, size: int) -> memoryview:
+        """As ShardSource of `ckptd.net.bulk`. Raises `ShardCorrupt` where the file ends
+        too early."""
+        if self._buffer is None:
+            self._buffer = aligned_buffer(BULK_BUFFER_BYTES)
+        view = self._buffer[:size]
+        if not (count := self.read_into(view, offset)):
+            raise ShardCorrupt(self.digest.hex())
+        return view[:count]
 
     def read(self, size_bytes: int, offset: int) -> bytes:
         """Up to `size_bytes` bytes at `offset`."""

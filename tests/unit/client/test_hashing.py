@@ -37,11 +37,10 @@ def _hash_all(source: Source, shard_size: int) -> tuple[list[HashedShard], list[
 
 def _read(source: Source, shard: HashedShard, step: int) -> bytes:
     reader = PieceReader(source, shard)
-    buffer = memoryview(bytearray(step))
     content = bytearray()
     try:
         while len(content) < shard.size:
-            content += buffer[: reader.read_into(buffer, len(content))]
+            content += reader.piece(len(content), step)
     finally:
         reader.close()
     return bytes(content)
@@ -94,9 +93,8 @@ def test_pieces_can_be_read_again_from_any_offset(tmp_path: Path) -> None:
     source = scan(tmp_path)
     ((shard,), _) = _hash_all(source, 1000)
     reader = PieceReader(source, shard)
-    buffer = memoryview(bytearray(100))
-    assert bytes(buffer[: reader.read_into(buffer, 45)]) == b"\x04" * 5
-    assert bytes(buffer[: reader.read_into(buffer, 0)]) == b"\x00" * 10
+    assert bytes(reader.piece(45, 100)) == b"\x04" * 5
+    assert bytes(reader.piece(0, 100)) == b"\x00" * 10
     assert reader.digest() == shard.digest
     reader.close()
 
@@ -164,10 +162,9 @@ def test_an_open_file_that_grows_is_noticed_by_the_check(source: Source) -> None
 def test_a_shard_that_changed_in_place_reads_as_another_hash(source: Source) -> None:
     shards, _ = _hash_all(source, 1000)
     reader = PieceReader(source, shards[0])
-    buffer = memoryview(bytearray(10))
-    reader.read_into(buffer, 0)  # the file is open from here on
+    piece = reader.piece(0, 10)  # the file is open from here on
     with open(source.root / "a", "r+b") as file:
-        file.write(bytes(byte ^ 0xFF for byte in buffer))
+        file.write(bytes(byte ^ 0xFF for byte in piece))
     assert reader.digest() != shards[0].digest
     reader.close()
 
@@ -175,11 +172,10 @@ def test_a_shard_that_changed_in_place_reads_as_another_hash(source: Source) -> 
 def test_a_reader_notices_a_file_that_became_shorter(source: Source) -> None:
     shards, _ = _hash_all(source, 1000)
     reader = PieceReader(source, shards[2])
-    buffer = memoryview(bytearray(10))
-    reader.read_into(buffer, 0)
+    reader.piece(0, 10)
     os.truncate(source.root / "a", 0)
     with pytest.raises(SourceChanged, match="became shorter"):
-        reader.read_into(buffer, 10)
+        reader.piece(10, 10)
     reader.close()
 
 
@@ -201,9 +197,8 @@ def test_hash_file_ends_when_it_is_told_to(source: Source) -> None:
 
 def test_bytes_in_memory_read_like_a_shard() -> None:
     reader = BytesReader(b"index")
-    buffer = memoryview(bytearray(3))
-    assert (reader.read_into(buffer, 0), bytes(buffer)) == (3, b"ind")
-    assert reader.read_into(buffer, 3) == 2
+    assert bytes(reader.piece(0, 3)) == b"ind"
+    assert bytes(reader.piece(3, 3)) == b"ex"
     assert reader.digest() == hashlib.sha256(b"index").digest()
     reader.close()
 

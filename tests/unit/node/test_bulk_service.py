@@ -66,10 +66,8 @@ class Source:
     def __init__(self, data: bytes) -> None:
         self._data = data
 
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        piece = self._data[offset : offset + len(buffer)]
-        buffer[: len(piece)] = piece
-        return len(piece)
+    def piece(self, offset: int, size: int) -> memoryview:
+        return memoryview(self._data)[offset : offset + size]
 
 
 @contextlib.contextmanager
@@ -98,7 +96,7 @@ def put(
         channel = bulk.acquire(where.node, where.host, where.bulk, hop=hop)
         sender = ShardSender(channel, messages.PutShard(digest, len(data), chain), hop=hop)
         sender.negotiate()
-        reports = sender.send(Source(data), memoryview(bytearray(65536)))
+        reports = sender.send(Source(data))
         bulk.release(where.node, where.host, where.bulk, channel, hop=hop)
         return {report.node: report for report in reports}
 
@@ -453,13 +451,13 @@ def test_a_slow_line_leaves_the_rest_of_the_chain_not_without_bytes(
     there: list[int] = []
 
     class Slow(Source):
-        def read_into(self, buffer: memoryview, offset: int) -> int:
+        def piece(self, offset: int, size: int) -> memoryview:
             if any(there) or offset >= limits.BULK_BUFFER_BYTES - limits.KIB:
-                return super().read_into(buffer, offset)
+                return super().piece(offset, size)
             time.sleep(0.01)  # so slow is the line: five seconds for a buffer
             parts = Path(tail.store, "incoming").iterdir()
             there.append(sum(part.stat().st_size for part in parts))
-            return super().read_into(buffer[: limits.KIB], offset)
+            return super().piece(offset, limits.KIB)
 
     with connector(head) as bulk:
         where = head.place
@@ -467,7 +465,7 @@ def test_a_slow_line_leaves_the_rest_of_the_chain_not_without_bytes(
         request_ = messages.PutShard(digest, len(data), (tail.place.hop,))
         sender = ShardSender(channel, request_, hop=0)
         sender.negotiate()
-        reports = sender.send(Slow(data), memoryview(bytearray(limits.BULK_BUFFER_BYTES)))
+        reports = sender.send(Slow(data))
         bulk.release(where.node, where.host, where.bulk, channel)
     assert [report.state for report in reports] == ["durable", "durable"]
     assert any(there)
@@ -509,6 +507,53 @@ def test_a_head_that_cannot_read_its_copy_blames_itself(
     assert not tail.worker.shards.has(digest)
     monkeypatch.undo()
     assert put(head, digest, data, (tail.place.hop,))["pi2"].state == "durable"
+
+
+def cut_short_when_it_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = OperatingSystem.pread_into
+
+    def cutting(self: OperatingSystem, descriptor: int, buffer: memoryview, offset: int) -> int:
+        if os.readlink(f"/proc/self/fd/{descriptor}") == str(path):
+            os.truncate(path, SIZE // 2)
+        return original(self, descriptor, buffer, offset)
+
+    monkeypatch.setattr(OperatingSystem, "pread_into", cutting)
+
+
+def test_a_copy_that_ends_too_early_is_found_out_when_it_is_passed_on(
+    two_nodes: list[RunningNode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, tail = two_nodes
+    digest, data = shard()
+    put(head, digest, data)
+    path = Path(head.store, "shards", digest.hex()[:2], digest.hex())
+    cut_short_when_it_is_read(path, monkeypatch)
+    reports = put(head, digest, data, (tail.place.hop,))
+    assert (reports["pi1"].state, reports["pi1"].code) == ("failed", "shard_corrupt")
+    assert (reports["pi2"].state, reports["pi2"].code) == ("unknown", "")
+    assert not head.worker.shards.has(digest)
+    assert not tail.worker.shards.has(digest)
+
+
+def test_a_copy_that_ends_too_early_is_found_out_when_it_is_pushed(
+    two_nodes: list[RunningNode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, tail = two_nodes
+    digest, data = shard()
+    put(head, digest, data)
+    path = Path(head.store, "shards", digest.hex()[:2], digest.hex())
+    cut_short_when_it_is_read(path, monkeypatch)
+    suspicions: list[bytes] = []
+    monkeypatch.setattr(head.worker.bulk, "_on_suspicion", suspicions.append)
+    with connector(head) as bulk:
+        where = head.place
+        channel = bulk.acquire(where.node, where.host, where.bulk)
+        with pytest.raises(PeerRefused) as refused:
+            push_shard(channel, messages.PushShard(digest, len(data), (tail.place.hop,)))
+        bulk.release(where.node, where.host, where.bulk, channel)
+    assert (refused.value.node, refused.value.code) == ("pi1", "shard_corrupt")
+    assert suspicions == [digest]
+    assert not tail.worker.shards.has(digest)
 
 
 DURABLE = CopyReport("b", "durable", SIZE)

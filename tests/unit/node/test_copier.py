@@ -165,6 +165,25 @@ def test_a_copy_that_arrives_bad_is_looked_at(in_cluster: RunInCluster, no_pause
     in_cluster(body)
 
 
+def test_a_copy_that_ends_too_early_is_looked_at(
+    in_cluster: RunInCluster, monkeypatch: pytest.MonkeyPatch, no_pause: None
+) -> None:
+    async def body(cluster: LoopCluster) -> None:
+        version, datas = cluster.store(["ab"])
+        node = cluster.nodes["a"]
+        node.rot(datas[0])
+
+        async def push(shard: bytes, *_: object, **__: object) -> messages.CopyReport:
+            raise ShardCorrupt(shard.hex())
+
+        monkeypatch.setattr(node.network, "push", push)
+        (report,) = await copy(cluster, version, datas)
+        assert (report.state, report.node, report.code) == ("failed", "a", "shard_corrupt")
+        assert cluster.holders(datas[0]) == "b"
+
+    in_cluster(body)
+
+
 def test_a_target_that_does_not_answer_is_named(in_cluster: RunInCluster) -> None:
     async def body(cluster: LoopCluster) -> None:
         version, datas = cluster.store(["ab"])

@@ -171,8 +171,8 @@ def test_a_push_that_cannot_connect_is_counted(acquainted: list[RunningNode]) ->
 
 
 class Source:
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        return len(buffer)
+    def piece(self, offset: int, size: int) -> memoryview:
+        return memoryview(bytes(size))
 
 
 def test_a_paced_source_comes_in_pieces_of_a_quarter_of_a_second(
@@ -192,22 +192,22 @@ def test_a_paced_source_comes_in_pieces_of_a_quarter_of_a_second(
     monkeypatch.setattr(time, "monotonic", lambda: now_s)
     stopping = Stopping()
     paced = PacedSource(Source(), 100_000, "pi2", 1000, stopping)
-    buffer = memoryview(bytearray(limits.BULK_BUFFER_BYTES))
+    size = limits.BULK_BUFFER_BYTES
     offset = 0
     while offset < 1000:
-        offset += paced.read_into(buffer, offset)
+        offset += len(paced.piece(offset, size))
     assert (offset, waits_s) == (1000, [0.25] * 3)
     now_s += 10  # somebody else was slow: nothing more to wait for
-    assert paced.read_into(buffer, offset) == 250 and len(waits_s) == 3
+    assert len(paced.piece(offset, size)) == 250 and len(waits_s) == 3
     now_s += 89 + limits.STALL_TIMEOUT_S  # as much as the slowest may take, and not more
-    assert paced.read_into(buffer, offset) == 250
+    assert len(paced.piece(offset, size)) == 250
     now_s += 1.0
     with pytest.raises(PeerStalled, match="took 121 s for a copy"):
-        paced.read_into(buffer, offset)
-    assert PacedSource(Source(), 1, "pi2", 0.001, stopping).read_into(buffer, 0) == 1
+        paced.piece(offset, size)
+    assert len(PacedSource(Source(), 1, "pi2", 0.001, stopping).piece(0, size)) == 1
     stopping.set()
     with pytest.raises(PeerUnreachable, match="this side is stopping"):
-        PacedSource(Source(), 1, "pi2", 0.001, stopping).read_into(buffer, 0)
+        PacedSource(Source(), 1, "pi2", 0.001, stopping).piece(0, size)
 
 
 def test_a_node_that_stops_does_not_wait_for_slow_copies(acquainted: list[RunningNode]) -> None:
