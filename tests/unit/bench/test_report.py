@@ -53,15 +53,15 @@ def test_cpu_time_is_per_gib_and_of_all_processes() -> None:
     assert results().cpu_per_gib("store", "ckptd") == [4.0, 2.0, 3.0]
     assert results(size_bytes=GIB // 2).cpu_per_gib("store", "ckptd") == [8.0, 4.0, 6.0]
     row = cells(report.costs(results()))[2]
-    assert row == ["store", "ckptd", "3.00 (2.00–4.00)", "6.38", "0.75", "0.12", "50"]
+    assert row == ["store", "ckptd", "3.00 (2.00–4.00)", "6.25", "0.75", "0.12", "50"]
 
 
 def test_the_floor_is_the_sum_of_all_passes() -> None:
     found = results()
-    assert found.floor("store", "ckptd") == 4 * 1.0 + 2 * 0.5 + 2 * 0.25 + 7 * 0.125
+    assert found.floor("store", "ckptd") == 4 * 1.0 + 2 * 0.5 + 2 * 0.25 + 6 * 0.125
     assert found.floor("restore", "ckptd") == 1.0 + 0.5 + 0.25 + 3 * 0.125
     assert found.floor("store", "rsync") == 8 * 0.125
-    assert cells(report.floors(found))[2] == ["store", "ckptd", "4", "2 + 2", "7", "6.38", "3.19"]
+    assert cells(report.floors(found))[2] == ["store", "ckptd", "4", "2 + 2", "6", "6.25", "3.12"]
 
 
 def test_processes_are_shown_with_medians_and_greatest_peaks() -> None:
