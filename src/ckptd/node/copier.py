@@ -27,6 +27,7 @@ from ckptd.errors import (
     PeerBusy,
     Refused,
     ShardCorrupt,
+    StoreOperationFailed,
 )
 from ckptd.net.control_connection import Answer, Progress
 from ckptd.node.forwarder import failed_report
@@ -158,7 +159,7 @@ class Copier:
         except ShardCorrupt as error:  # it ends too early
             await self._suspect(shard)
             return failed_report(self._node_id, error)
-        except (NotFound, MediumFailed) as error:
+        except (NotFound, MediumFailed, StoreOperationFailed) as error:
             return failed_report(self._node_id, error)
         except CkptdError as error:
             return failed_report(target, error)

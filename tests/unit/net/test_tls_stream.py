@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
 import socket
 import ssl
 import threading
@@ -131,6 +132,32 @@ def test_what_cannot_become_a_record_is_an_error_at_once(pki: Path, head: bytes)
         client._raw.sendall(head)
         with pytest.raises(ssl.SSLError):
             server.recv_into(memoryview(bytearray(10)))
+
+
+@pytest.mark.parametrize("said", [b"payload", b""], ids=["then bytes", "then the end"])
+def test_records_of_tls_itself_are_no_bytes_and_no_end(pki: Path, said: bytes) -> None:
+    """Here tickets, which our servers do not send: OpenSSL wants more and has nothing."""
+    one, other = socket.socketpair()
+    files = identity(pki, "pi1")
+    context = server_context(files.ca, files.cert, files.key)
+    context.num_tickets = 2
+    server = TlsStream(one, context, server_side=True)
+    files = identity(pki, "client")
+    client = TlsStream(other, client_context(files.ca, files.cert, files.key), server_side=False)
+    thread = threading.Thread(target=server.shake_hands)
+    thread.start()
+    client.shake_hands()
+    thread.join(10)
+    assert client.pending() or select.select([other], [], [], 10)[0], "the tickets have come"
+    server.settimeout(10)
+    client.settimeout(10)
+    later = threading.Timer(0.1, lambda: (server.sendall(memoryview(said)), server.shutdown()))
+    later.start()
+    assert receive_all(client, len(said), 100) == said
+    assert client.recv_into(memoryview(bytearray(10))) == 0
+    later.join(10)
+    server.close()
+    client.close()
 
 
 def test_a_connection_that_is_cut_inside_a_record_ends(pki: Path) -> None:

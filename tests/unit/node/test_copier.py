@@ -17,6 +17,7 @@ from ckptd.errors import (
     PeerRefused,
     PeerStalled,
     ShardCorrupt,
+    StoreOperationFailed,
 )
 from ckptd.wire import messages
 
@@ -113,6 +114,7 @@ def test_what_is_not_here_is_told(in_cluster: RunInCluster) -> None:
     ("error", "node"),
     [
         (MediumFailed("the disk of a"), "a"),
+        (StoreOperationFailed("a read on a"), "a"),
         (ShardCorrupt("00" * 32), "a"),
         (PeerStalled("c", "no progress"), "c"),
     ],
