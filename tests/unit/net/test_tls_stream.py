@@ -151,7 +151,12 @@ def test_records_of_tls_itself_are_no_bytes_and_no_end(pki: Path, said: bytes) -
     assert client.pending() or select.select([other], [], [], 10)[0], "the tickets have come"
     server.settimeout(10)
     client.settimeout(10)
-    later = threading.Timer(0.1, lambda: (server.sendall(memoryview(said)), server.shutdown()))
+
+    def say() -> None:
+        server.sendall(memoryview(said))
+        server.shutdown()
+
+    later = threading.Timer(0.1, say)
     later.start()
     assert receive_all(client, len(said), 100) == said
     assert client.recv_into(memoryview(bytearray(10))) == 0
