@@ -24,6 +24,7 @@ from ckptd.errors import (
     PeerError,
     PeerUnreachable,
     ProtocolError,
+    ShardCorrupt,
 )
 from ckptd.net.bulk import BulkChannel, BulkConnector
 from ckptd.net.bulk_channel import patience_s
@@ -220,6 +221,8 @@ class BulkService:
             raise
         except CkptdError as error:
             self.traffic.error(error.kind)
+            if isinstance(error, ShardCorrupt):  # our own copy, too short: it is looked at
+                self._on_suspicion(bytes.fromhex(error.shard))
             channel.send(as_error_message(error, self.node_id))
         finally:
             with self._lock:

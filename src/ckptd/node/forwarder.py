@@ -50,7 +50,6 @@ class BehindWriter:
 
     def piece(self, offset: int, size: int) -> memoryview:
         """As ShardSource. Raises CkptdError when the shard will never be complete."""
-        self._recent.let_go()
         written = self._incoming.wait_written(offset, self._timeout_s)
         if written <= offset:
             raise _Incomplete("the shard did not come in completely")

@@ -142,11 +142,7 @@ class Push:
             if source.size != request.size:
                 raise NotFound(f"shard {request.shard.hex()} has {source.size} bytes here")
             for target in request.chain:
-                try:
-                    self._reports[target.node] = self._send(source, target)
-                except ShardCorrupt:  # it ends too early
-                    self._on_suspicion(request.shard)
-                    raise
+                self._reports[target.node] = self._send(source, target)
                 self._tell()
         if any(report.code == ShardCorrupt.kind for report in self._reports.values()):
             self._on_suspicion(request.shard)

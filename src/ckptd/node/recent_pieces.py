@@ -41,7 +41,7 @@ class RecentPieces:
     def hold(self, offset: int, end: int) -> memoryview:
         """What the stream has from `offset` on, as far as it lies in one piece and before `end`, up
         to which all has been received; empty when it is no longer here. It stays as it is until
-        `let_go`, or until another one is held."""
+        the next call."""
         number, inside = divmod(offset, PIECE_BYTES)
         size = min(PIECE_BYTES - inside, end - offset)
         with self._lock:
@@ -50,8 +50,3 @@ class RecentPieces:
                 return self._buffer[:0]
             start = self._held * PIECE_BYTES + inside
         return self._buffer[start : start + size]
-
-    def let_go(self) -> None:
-        """Nothing is held any more."""
-        with self._lock:
-            self._held = -1

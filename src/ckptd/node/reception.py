@@ -58,6 +58,12 @@ def check_chain(chain: tuple[Hop, ...], hop: int, node_id: str, *, sender: str) 
             raise Refused(f"a chain gives {place.node} no usable address")
 
 
+def _is_suspicious(forwarder: Forwarder) -> bool:
+    """Whether another node got other bytes than the shard's from the copy here, or too few."""
+    bad_there = any(report.code == ShardCorrupt.kind for report in forwarder.reports())
+    return bad_there or isinstance(forwarder.own_error, ShardCorrupt)
+
+
 class _Commit:
     """Makes a complete shard durable in a thread of its own, so that the connection's thread can
     report progress while the disk flushes."""
@@ -165,16 +171,14 @@ class Reception:
                 self._channel.send(messages.Progress((own, *forwarder.reports())))
         finally:
             forwarder.close()
-        rest, error = forwarder.reports(), forwarder.own_error
-        bad_there = any(report.code == ShardCorrupt.kind for report in rest)
-        if bad_there or isinstance(error, ShardCorrupt):
+        if _is_suspicious(forwarder):
             own = self._own_copy_checked(own)
-        elif error is not None:
-            own = failed_report(self._node_id, error)
-        self._channel.send(messages.PutResult((own, *rest)))
+        elif forwarder.own_error is not None:
+            own = failed_report(self._node_id, forwarder.own_error)
+        self._channel.send(messages.PutResult((own, *forwarder.reports())))
 
     def _own_copy_checked(self, own: CopyReport) -> CopyReport:
-        """After another node got other bytes than the shard's from this copy, or too few."""
+        """What is to be said of the copy here, once it was read again: `own` if it is good."""
         if self._store.verify(self._request.shard) is VerifyResult.OK:
             return own
         return failed_report(self._node_id, ShardCorrupt(self._request.shard.hex()))
@@ -205,7 +209,10 @@ class Reception:
             incoming.abort()  # unless it was committed
             if forwarder is not None:
                 forwarder.close()
-        self._channel.send(messages.PutResult(self._reports(incoming, forwarder)))
+        own, *rest = self._reports(incoming, forwarder)
+        if incoming.committed and forwarder is not None and _is_suspicious(forwarder):
+            own = self._own_copy_checked(own)
+        self._channel.send(messages.PutResult((own, *rest)))
         if self._received < self._request.size:
             self._channel.drain(limits.LAST_WORDS_TIMEOUT_S)
         else:

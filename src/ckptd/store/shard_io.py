@@ -17,7 +17,8 @@ from ckptd.store.room import Reservation
 
 
 class ShardReader:
-    """Reads one shard by position; any number of threads may read at once.
+    """Reads one shard by position; any number of threads may `read_into` at once, one asks for
+    pieces.
 
     The bytes are as the disk gives them: whoever uses them compares the hash. The reader stays
     usable when the shard gets a new copy, or loses its name, meanwhile. Errors: `MediumFailed`,

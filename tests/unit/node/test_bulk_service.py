@@ -42,8 +42,10 @@ from ckptd.net.bulk import (
 from ckptd.net.tls import client_context
 from ckptd.node.bulk_connections import BulkConnections, Slots
 from ckptd.node.forwarder import Forwarder
+from ckptd.node.recent_pieces import RecentPieces
 from ckptd.node.reception import check_chain
 from ckptd.store.filesystem import OperatingSystem
+from ckptd.store.shard_io import ShardReader
 from ckptd.wire import frames, messages
 from ckptd.wire.messages import CopyReport, Hop, Message
 
@@ -509,12 +511,14 @@ def test_a_head_that_cannot_read_its_copy_blames_itself(
     assert put(head, digest, data, (tail.place.hop,))["pi2"].state == "durable"
 
 
-def cut_short_when_it_is_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cut_short_when_it_is_read(
+    path: Path, monkeypatch: pytest.MonkeyPatch, *, left: int = SIZE // 2
+) -> None:
     original = OperatingSystem.pread_into
 
     def cutting(self: OperatingSystem, descriptor: int, buffer: memoryview, offset: int) -> int:
         if os.readlink(f"/proc/self/fd/{descriptor}") == str(path):
-            os.truncate(path, SIZE // 2)
+            os.truncate(path, left)
         return original(self, descriptor, buffer, offset)
 
     monkeypatch.setattr(OperatingSystem, "pread_into", cutting)
@@ -535,14 +539,107 @@ def test_a_copy_that_ends_too_early_is_found_out_when_it_is_passed_on(
     assert not tail.worker.shards.has(digest)
 
 
-def test_a_copy_that_ends_too_early_is_found_out_when_it_is_pushed(
-    two_nodes: list[RunningNode], monkeypatch: pytest.MonkeyPatch
+def test_a_copy_that_is_too_short_is_replaced_when_it_is_put_again(
+    two_nodes: list[RunningNode],
 ) -> None:
     head, tail = two_nodes
     digest, data = shard()
     put(head, digest, data)
     path = Path(head.store, "shards", digest.hex()[:2], digest.hex())
-    cut_short_when_it_is_read(path, monkeypatch)
+    os.truncate(path, SIZE // 2)
+    with pytest.raises(PeerRefused) as refused:
+        put(head, digest, data, (tail.place.hop,))
+    assert (refused.value.node, refused.value.code) == ("pi1", "shard_corrupt")
+    wait_until(lambda: not head.worker.shards.has(digest), "the bad copy to go", timeout_s=20)
+    reports = put(head, digest, data, (tail.place.hop,))
+    assert [reports[n].state for n in ("pi1", "pi2")] == ["durable", "durable"]
+    assert path.read_bytes() == data
+
+
+def test_a_copy_that_is_cut_while_it_comes_in_is_found_out_by_whoever_passes_it_on(
+    two_nodes: list[RunningNode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, tail = two_nodes
+    digest, data = shard()
+    written, cut = threading.Event(), threading.Event()
+    hold, fsync = RecentPieces.hold, OperatingSystem.fsync
+
+    def late(self: RecentPieces, offset: int, end: int) -> memoryview:
+        if offset:
+            return hold(self, offset, end)
+        assert written.wait(20)
+        (path,) = Path(head.store, "incoming").iterdir()
+        os.truncate(path, 0)
+        cut.set()
+        return memoryview(b"")  # too late: the file has to be read
+
+    def last(self: OperatingSystem, descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").startswith(f"{head.store}/incoming/"):
+            written.set()
+            assert cut.wait(20)
+        fsync(self, descriptor)
+
+    monkeypatch.setattr(RecentPieces, "hold", late)
+    monkeypatch.setattr(OperatingSystem, "fsync", last)
+    reports = put(head, digest, data, (tail.place.hop,))
+    assert (reports["pi1"].state, reports["pi1"].code) == ("failed", "shard_corrupt")
+    assert reports["pi2"].state == "unknown"
+    assert not head.worker.shards.has(digest)
+    assert not tail.worker.shards.has(digest)
+
+
+def test_a_good_copy_that_arrived_bad_elsewhere_is_still_good(
+    two_nodes: list[RunningNode], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head, tail = two_nodes
+    digest, data = shard()
+    piece = ShardReader.piece
+    monkeypatch.setattr(ShardReader, "piece", lambda *each: memoryview(bytes(len(piece(*each)))))
+    put(head, digest, data)
+    reports = put(head, digest, data, (tail.place.hop,))
+    assert reports["pi1"].state == "present"
+    assert (reports["pi2"].state, reports["pi2"].code) == ("failed", "shard_corrupt")
+    assert head.worker.shards.has(digest)
+    assert not tail.worker.shards.has(digest)
+
+
+@pytest.mark.parametrize("left", [0, SIZE // 2])
+@pytest.mark.parametrize("when", ["before it is opened", "while it is read"])
+def test_a_copy_that_is_too_short_to_be_handed_out_is_looked_at(
+    node: RunningNode, monkeypatch: pytest.MonkeyPatch, when: str, left: int
+) -> None:
+    digest, data = shard()
+    put(node, digest, data)
+    path = Path(node.store, "shards", digest.hex()[:2], digest.hex())
+    suspicions: list[bytes] = []
+    monkeypatch.setattr(node.worker.bulk, "_on_suspicion", suspicions.append)
+    if when == "before it is opened":
+        os.truncate(path, left)
+    else:
+        cut_short_when_it_is_read(path, monkeypatch, left=left)
+    with greeted(node) as peer:
+        peer.send(messages.GetShard(digest))
+        if when == "before it is opened":
+            answer = peer.receive()[1]
+            assert isinstance(answer, messages.Error) and answer.code == "shard_corrupt"
+        else:
+            with pytest.raises((OSError, EOFError, AssertionError)):
+                peer.receive()
+    assert suspicions == [digest]
+
+
+@pytest.mark.parametrize("when", ["before it is opened", "while it is read"])
+def test_a_copy_that_ends_too_early_is_found_out_when_it_is_pushed(
+    two_nodes: list[RunningNode], monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    head, tail = two_nodes
+    digest, data = shard()
+    put(head, digest, data)
+    path = Path(head.store, "shards", digest.hex()[:2], digest.hex())
+    if when == "before it is opened":
+        os.truncate(path, SIZE // 2)
+    else:
+        cut_short_when_it_is_read(path, monkeypatch)
     suspicions: list[bytes] = []
     monkeypatch.setattr(head.worker.bulk, "_on_suspicion", suspicions.append)
     with connector(head) as bulk:

@@ -199,6 +199,7 @@ def test_a_paced_source_comes_in_pieces_of_a_quarter_of_a_second(
     assert (offset, waits_s) == (1000, [0.25] * 3)
     now_s += 10  # somebody else was slow: nothing more to wait for
     assert len(paced.piece(offset, size)) == 250 and len(waits_s) == 3
+    assert len(paced.piece(offset, 10)) == 10
     now_s += 89 + limits.STALL_TIMEOUT_S  # as much as the slowest may take, and not more
     assert len(paced.piece(offset, size)) == 250
     now_s += 1.0

@@ -413,3 +413,7 @@ def test_a_reader_past_the_cache_reads_every_byte_whatever_is_asked(
                 assert bytes(buffer[:count]) == data[offset : offset + len(buffer)]
             assert reader.read(100, 5) == data[5:105], "odd offsets and sizes, too"
             assert reader.read_into(buffer, 0) == len(buffer)
+            for offset, size in ((0, 100), (BLOCK_BYTES, 2 * BLOCK_BYTES), (3 * BLOCK_BYTES, 9999)):
+                assert bytes(reader.piece(offset, size)) == data[offset : offset + size]
+            with pytest.raises(ShardCorrupt):
+                reader.piece(len(data), 1)
