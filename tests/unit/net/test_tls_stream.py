@@ -246,16 +246,6 @@ def test_buffers_of_openssl_stay_small(pki: Path) -> None:
             real()
 
         client._flush = flush  # type: ignore[method-assign]
-        fed = 0
-        feed = server._feed
-
-        def fed_too() -> bool:
-            nonlocal fed
-            anything = feed()
-            fed = max(fed, server._incoming.pending)
-            return anything
-
-        server._feed = fed_too  # type: ignore[method-assign]
         thread = threading.Thread(target=client.sendall, args=(memoryview(bytes(8 * WIRE_BYTES)),))
         thread.start()
         received = 0
@@ -264,4 +254,25 @@ def test_buffers_of_openssl_stay_small(pki: Path) -> None:
             received += server.recv_into(buffer)
         thread.join(10)
     assert 0 < largest <= 2 * RECORDS_BYTES
-    assert 0 < fed <= 2 * RECORDS_BYTES
+
+
+def test_openssl_gets_no_more_than_it_is_asked_for_at_once(pki: Path) -> None:
+    """However much has come: it keeps the memory for it."""
+    largest = 0
+    content = os.urandom(WIRE_BYTES - RECORDS_BYTES)
+    with streams(pki) as (client, server):
+        real = server._feed
+
+        def feed() -> bool:
+            nonlocal largest
+            fed = real()
+            largest = max(largest, server._incoming.pending)
+            return fed
+
+        server._feed = feed  # type: ignore[method-assign]
+        for start in range(0, len(content), RECORDS_BYTES):
+            client.tls.write(content[start : start + RECORDS_BYTES])
+        server._wire = memoryview(bytearray(client._outgoing.read()))  # as if it had come
+        server._waiting = server._wire
+        assert receive_all(server, len(content), len(content)) == content
+    assert RECORDS_BYTES // 2 < largest < 1.5 * RECORDS_BYTES
