@@ -25,8 +25,12 @@ At least a page: one that is in the cache in parts is never also written around 
 
 
 def aligned_buffer(size_bytes: int) -> memoryview:
-    """A buffer of zeros whose address is a multiple of BLOCK_BYTES."""
-    return memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANON))
+    """A buffer of zeros whose address is a multiple of BLOCK_BYTES.
+
+    It is shared memory: what is read past the page cache into a private page, while the process
+    forks, may end up in the child alone (open(2), O_DIRECT).
+    """
+    return memoryview(mmap.mmap(-1, size_bytes))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -230,3 +231,19 @@ def test_a_file_system_without_direct_io_says_so(
     code = errno.EIO
     with pytest.raises(OSError, match="Input/output"):
         OPERATING_SYSTEM.bypass_cache(descriptor, True)
+
+
+def test_a_buffer_is_the_same_memory_in_a_child() -> None:
+    """So a page of it never moves to the child while the disk writes into it."""
+    script = """
+import os
+from ckptd.store.filesystem import aligned_buffer
+buffer = aligned_buffer(2 ** 20)
+if os.fork() == 0:
+    buffer[12345] = 7
+    os._exit(0)
+os.wait()
+print(buffer[12345])
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout == "7\n"
