@@ -23,9 +23,8 @@ class RecentPieces:
 
     def __init__(self, count: int) -> None:
         self._buffer = aligned_buffer(count * PIECE_BYTES)
-        self._pieces = [-1] * count  # by place: the number of the piece there
-        self._held = -1  # its place
-        self._begun = 0  # pieces that were handed out to be filled
+        self._pieces = [-1] * count  # by place: the number of the piece there, -1 for none
+        self._held = -1  # the place of the piece that is held, -1 for none
         self._lock = threading.Lock()
 
     def next_piece(self) -> memoryview:
@@ -34,8 +33,7 @@ class RecentPieces:
         with self._lock:
             free = (place for place in range(len(self._pieces)) if place != self._held)
             place = min(free, key=self._pieces.__getitem__)
-            self._pieces[place] = self._begun
-            self._begun += 1
+            self._pieces[place] = max(self._pieces) + 1
         return self._buffer[place * PIECE_BYTES : (place + 1) * PIECE_BYTES]
 
     def hold(self, offset: int, end: int) -> memoryview:

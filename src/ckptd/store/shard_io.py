@@ -73,8 +73,8 @@ class ShardReader:
         return count
 
     def piece(self, offset: int, size: int) -> memoryview:
-        """As ShardSource of `ckptd.net.bulk`. Raises `ShardCorrupt` where the file ends
-        too early."""
+        """What follows at `offset`, at least one byte and at most `size` of them, which is at most
+        BULK_BUFFER_BYTES. Good until the next call. Raises `ShardCorrupt` where the file ends."""
         if self._buffer is None:
             self._buffer = aligned_buffer(BULK_BUFFER_BYTES)
         view = self._buffer[:size]

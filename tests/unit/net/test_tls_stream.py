@@ -256,7 +256,9 @@ def test_buffers_of_openssl_stay_small(pki: Path) -> None:
     assert 0 < largest <= 2 * RECORDS_BYTES
 
 
-def test_openssl_gets_no_more_than_it_is_asked_for_at_once(pki: Path) -> None:
+def test_openssl_gets_no_more_than_it_is_asked_for_at_once(
+    pki: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However much has come: it keeps the memory for it."""
     largest = 0
     content = os.urandom(WIRE_BYTES - RECORDS_BYTES)
@@ -269,7 +271,7 @@ def test_openssl_gets_no_more_than_it_is_asked_for_at_once(pki: Path) -> None:
             largest = max(largest, server._incoming.pending)
             return fed
 
-        server._feed = feed  # type: ignore[method-assign]
+        monkeypatch.setattr(server, "_feed", feed)
         for start in range(0, len(content), RECORDS_BYTES):
             client.tls.write(content[start : start + RECORDS_BYTES])
         server._wire = memoryview(bytearray(client._outgoing.read()))  # as if it had come
